@@ -1,0 +1,1 @@
+"""Real data, each set with its licence and its origin."""

@@ -1,0 +1,1 @@
+"""Reading and editing other people's models."""

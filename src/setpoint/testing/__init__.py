@@ -1,0 +1,1 @@
+"""Conformance suites: what every thing of a kind must pass."""
