@@ -40,6 +40,7 @@ class Loaded:
         forward: ``forward(model, batch)`` runs one batch and returns the model's output.
         source: What the user asked for, as typed.
         notes: Facts a reader must know to judge the numbers (for example "weights are 4-bit, dequantized to float32").
+        batches: Inputs that came with the model (a user's factory may return them beside it), None otherwise.
     """
 
     model: nn.Module
@@ -48,6 +49,7 @@ class Loaded:
     forward: Callable[[nn.Module, Any], Any]
     source: str
     notes: tuple[str, ...] = ()
+    batches: Sequence[Any] | None = None
 
 
 Task = Literal["language-model", "encoder", "image-features", "image-classification", "other"]
