@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from rich.console import Console, RenderableType
+
+from setpoint.catalog.listing import as_json, import_line, render_list, render_method, shell_form
+from setpoint.types import Item, Method
+
+CHECK = Item(
+    id="near-names",
+    kind="check",
+    path="setpoint.errors:nearest",
+    does="Finds names that look alike.",
+    treats=("massive-activation",),
+)
+METHOD = Method(
+    key="near",
+    room="probe",
+    title="On [near] names",
+    authors="Doe et al.",
+    year=2024,
+    arxiv="2401.00001",
+    summary="Sorts names by likeness.",
+    items=(CHECK,),
+)
+
+
+def text(renderable: RenderableType, width: int = 100) -> str:
+    console = Console(width=width, highlight=False)
+    with console.capture() as captured:
+        console.print(renderable)
+    return captured.get()
+
+
+def test_list_has_one_line_a_method() -> None:
+    lines = text(render_list([METHOD])).splitlines()
+    assert len(lines) == 2
+    assert lines[1].split() == [
+        "near",
+        "check",
+        "probe",
+        "massive-activation",
+        "Doe",
+        "et",
+        "al.,",
+        "2024",
+        "·",
+        "arXiv",
+        "2401.00001",
+    ]
+
+
+def test_key_is_never_cut_in_a_narrow_terminal() -> None:
+    assert "near" in text(render_list([METHOD]), width=30)
+
+
+def test_empty_list_says_so() -> None:
+    assert text(render_list([])) == "No method meets these filters.\n"
+
+
+def test_show_tells_how_an_item_is_called() -> None:
+    shown = text(render_method(METHOD))
+    for part in [
+        "On [near] names",
+        "https://arxiv.org/abs/2401.00001",
+        "Sorts names by likeness.",
+        "setpoint check MODEL --probe near-names",
+        "from setpoint.errors import nearest",
+        "nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]",
+        "raises  massive-activation",
+        "none of its own",
+    ]:
+        assert part in " ".join(shown.split("\n")), part
+
+
+def test_show_gives_the_last_result_of_a_proof() -> None:
+    proven = replace(METHOD, proof="near", result={"verdict": "holds", "effect": 0.123456, "interval": [0.1, 0.2]})
+    assert "near: verdict holds, effect 0.1235, interval [0.1, 0.2]" in text(render_method(proven))
+    assert "setpoint prove near" in text(render_method(replace(proven, result=None)))
+
+
+def test_json_carries_items_signatures_and_shell_forms() -> None:
+    (row,) = json.loads(as_json([METHOD]))
+    assert row["key"] == "near"
+    assert row["items"][0]["shell"] == "setpoint check MODEL --probe near-names"
+    assert row["items"][0]["signature"].startswith("nearest(name: str")
+    assert row["result"] is None
+
+
+def test_fix_is_shown_with_what_it_preserves() -> None:
+    fix = replace(CHECK, kind="fix", preserves="exact")
+    assert shell_form(fix) == "setpoint fix MODEL --with near-names -o OUT"
+    assert "exact: outputs stay the same" in text(render_method(replace(METHOD, items=(fix,))))
+
+
+def test_part_has_no_shell_form() -> None:
+    assert shell_form(replace(CHECK, kind="part")) == ""
+    assert import_line(CHECK) == "from setpoint.errors import nearest"
