@@ -1,0 +1,198 @@
+"""Attention that looks at everything alike, and attention that looks at one place only.
+
+With p a row of attention weights over n visible keys, the normalized entropy H(p) / ln n is 1 when all keys count alike
+and 0 when a single one does. Both ends are measured per head: near 1 the head is a plain mean and its queries and keys
+are without effect; near 0 the softmax is saturated, and its Jacobian, whose spectral norm is at most
+trace(diag(p) - p p^T) <= 2 (1 - max p), lets no gradient through (Mudarisov et al., 2025, arXiv 2508.17821, study these
+limits). Mass on the first token is kept apart: heads that have nothing to do send it there, which is common in healthy
+language models.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from setpoint.probe.base import Needs, Probe, listed, number, percent, profile
+from setpoint.types import AttentionRecord, Chart, Finding, Severity, Stat, Trace
+
+_NEEDS: Needs = {"attention": frozenset({Stat.ATTENTION})}
+
+
+def _block(index: int, record: AttentionRecord) -> int:
+    return record.site.block if record.site.block is not None else index
+
+
+def _spread(trace: Trace, field: str, title: str, y: str, threshold: float | None = None) -> Chart:
+    """Mean over heads with the lowest and highest head, over depth."""
+    rows = [(_block(i, r), np.asarray(getattr(r, field))) for i, r in enumerate(trace.attention.values())]
+    return profile(
+        title,
+        y,
+        {
+            "mean of heads": [(b, float(v.mean())) for b, v in rows],
+            "lowest head": [(b, float(v.min())) for b, v in rows],
+            "highest head": [(b, float(v.max())) for b, v in rows],
+        },
+        threshold=threshold,
+    )
+
+
+@dataclass(frozen=True)
+class AttentionCollapse(Probe):
+    """Heads whose weights are spread evenly over all visible tokens.
+
+    ``warning`` when at least ``share`` of the model's heads are uniform, ``info`` when a whole layer is.
+
+    Args:
+        entropy: Normalized entropy of a uniform head (setpoint: at 0.99 over 512 keys the weights differ by about a
+            tenth of their log-size; trained heads were measured below 0.95 on the whole).
+        share: Share of all heads.
+    """
+
+    entropy: float = 0.99
+    share: float = 0.5
+
+    code: ClassVar[str] = "attention-collapse"
+    title: ClassVar[str] = "Attention is uniform"
+    needs: ClassVar[Needs] = _NEEDS
+    explanation: ClassVar[str] = (
+        "These heads give every visible token nearly the same weight, so what they return is the plain mean of the "
+        "values: queries and keys play no part, and all tokens receive the same message. A network with freshly "
+        "initialized weights looks like this, and then it is no fault; in a trained one the queries or keys have "
+        "shrunk, or a temperature is far too high."
+    )
+
+    def __call__(self, trace: Trace) -> list[Finding]:
+        """At most one finding for the whole model."""
+        if not trace.attention:
+            return []
+        uniform = {name: np.asarray(r.entropy) > self.entropy for name, r in trace.attention.items()}
+        heads = sum(len(u) for u in uniform.values())
+        count = sum(int(u.sum()) for u in uniform.values())
+        whole = [name for name, u in uniform.items() if u.all()]
+        if not heads or (count < self.share * heads and not whole):
+            return []
+        severity: Severity = "warning" if count >= self.share * heads else "info"
+        worst = sorted((n for n, u in uniform.items() if u.any()), key=lambda n: -float(uniform[n].mean()))
+        highest = max(float(np.max(r.entropy)) for r in trace.attention.values())
+        return [
+            self.finding(
+                "heads",
+                severity,
+                value=count / heads,
+                unit="share of heads",
+                threshold=self.share if severity == "warning" else self.entropy,
+                source="setpoint: normalized entropy above 0.99; trained heads were measured below",
+                sites=worst,
+                evidence=f"{count} of {heads} heads attend to all visible tokens alike (normalized entropy above "
+                f"{self.entropy:.2f}, up to {highest:.4f}); uniform throughout: {listed(whole, 3)}.",
+                numbers={"heads": heads, "uniform": count, "highest_entropy": highest, "layers": len(whole)},
+                chart=_spread(trace, "entropy", "Normalized entropy of the attention", "entropy", self.entropy),
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class AttentionSaturation(Probe):
+    """Heads whose rows are one-hot, and heads that send their mass to the first token.
+
+    Saturated heads: ``warning`` when at least ``share`` of the model's heads are, ``info`` when one whole layer is.
+    Heads that are one-hot on the first token don't count: they are sinks, always ``info``.
+
+    Args:
+        rows: Share of a head's rows whose largest weight is above 0.999 that makes it saturated. At 0.999 the
+            softmax's Jacobian is at most 0.002, 1/250 of its largest possible value 1/2.
+        share: Share of all heads (setpoint: a quarter; trained models were measured below 5 %).
+        sink: Mean mass on the first token that makes a head a sink (setpoint: 0.3; an even split over 256 tokens
+            gives 0.02).
+        sink_heads: Share of a layer's heads that are sinks before it is worth a note.
+    """
+
+    rows: float = 0.9
+    share: float = 0.25
+    sink: float = 0.3
+    sink_heads: float = 0.5
+
+    code: ClassVar[str] = "attention-saturation"
+    title: ClassVar[str] = "Attention looks at one token only"
+    needs: ClassVar[Needs] = _NEEDS
+    explanation: ClassVar[str] = (
+        "In these heads nearly all of the weight of a row falls on one token, so the softmax works as a hard choice. "
+        "Its gradient with respect to queries and keys is then close to zero and training can't move it. The usual "
+        "cause is logits that have grown without bound; a norm on queries and keys, or a cap on the logits, prevents "
+        "it. Heads that copy the previous token are sharp too and healthy, in small numbers."
+    )
+    sink_explanation: ClassVar[str] = (
+        "Many heads put much of their weight on the first token whatever it is. That is how trained language models "
+        "switch a head off: the first token's value vector is small, so attending to it adds almost nothing. It is no "
+        "fault in itself. It comes with massive activations at that token, it must be kept when a cache drops old "
+        "tokens, and those entries must be kept in higher precision when activations are rounded."
+    )
+
+    def __call__(self, trace: Trace) -> list[Finding]:
+        """At most one finding for saturated heads and one for sinks."""
+        if not trace.attention:
+            return []
+        return [*self._saturated(trace), *self._sinks(trace)]
+
+    def _saturated(self, trace: Trace) -> list[Finding]:
+        hard = {
+            name: (np.asarray(r.saturated) > self.rows) & (np.asarray(r.sink) < self.rows)
+            for name, r in trace.attention.items()
+        }
+        heads = sum(len(h) for h in hard.values())
+        count = sum(int(h.sum()) for h in hard.values())
+        whole = [name for name, h in hard.items() if len(h) and h.all()]
+        if not heads or (count < self.share * heads and not whole):
+            return []
+        severity: Severity = "warning" if count >= self.share * heads else "info"
+        worst = sorted((n for n, h in hard.items() if h.any()), key=lambda n: -float(hard[n].mean()))
+        logit = max(float(np.max(r.logit_max)) for r in trace.attention.values())
+        return [
+            self.finding(
+                "heads",
+                severity,
+                value=count / heads,
+                unit="share of heads",
+                threshold=self.share if severity == "warning" else self.rows,
+                source="exact: above 0.999 a row's softmax Jacobian is at most 0.002, 1/250 of the largest possible",
+                sites=worst,
+                evidence=f"{count} of {heads} heads give over 0.999 of the weight to one token in more than "
+                f"{percent(self.rows)} of their rows; the largest logit is {number(logit)}, first in {worst[0]}.",
+                numbers={"heads": heads, "saturated": count, "largest_logit": logit, "layers": len(whole)},
+                chart=_spread(trace, "saturated", "Share of rows with one weight above 0.999", "share", self.rows),
+            )
+        ]
+
+    def _sinks(self, trace: Trace) -> list[Finding]:
+        layers = {
+            name: float((np.asarray(r.sink) > self.sink).mean())
+            for name, r in trace.attention.items()
+            if r.keys > 2 / self.sink
+        }
+        sinks = {name: share for name, share in layers.items() if share >= self.sink_heads}
+        if not sinks:
+            return []
+        mass = {name: float(np.mean(trace.attention[name].sink)) for name in layers}
+        worst = sorted(sinks, key=lambda n: -mass[n])
+        overall = sum(mass.values()) / len(mass)
+        return [
+            self.finding(
+                "first-token",
+                "info",
+                value=mass[worst[0]],
+                unit="mass on the first token",
+                threshold=self.sink,
+                source="setpoint: an even split over 256 tokens gives 0.02",
+                sites=worst,
+                evidence=f"In {len(sinks)} of {len(trace.attention)} layers at least half of the heads send more than "
+                f"{percent(self.sink)} of their mass to the first token; the mean over all layers is "
+                f"{percent(overall)}, the most {percent(mass[worst[0]])} in {worst[0]}.",
+                numbers={"layers": len(sinks), "mean_mass": overall, "largest_mass": mass[worst[0]]},
+                chart=_spread(trace, "sink", "Attention mass on the first token", "share", self.sink),
+                explanation=self.sink_explanation,
+            )
+        ]

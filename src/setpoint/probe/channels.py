@@ -1,0 +1,139 @@
+"""Outlier channels: a few channels carry values far beyond those of all others.
+
+Two measures. Excess kurtosis of a site's values, E[((x - mean) / std)^4] - 3, which is 0 for a Gaussian and grows with
+the reach of the tails; Park et al. (2025, arXiv 2506.19697) show that it predicts what rounding to four bits costs
+(their Table 2, W4A4KV4 perplexity: kurtosis 0.04 -> 20, 67 -> 44, 361 and above -> hundreds to useless). And each
+channel's largest magnitude beside that of the median channel, which says where the tail sits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from setpoint.probe.base import Needs, Probe, heatmap, known, listed, number, range_words
+from setpoint.types import Finding, Record, Severity, SiteRole, Stat, Trace
+
+MOST_IN_CHART = 40
+_ROLES: tuple[SiteRole, ...] = ("residual", "norm")
+_WORDS = {"residual": "residual stream", "norm": "norm outputs"}
+
+
+@dataclass(frozen=True)
+class Outliers:
+    """The outlier channels of one site: index -> largest magnitude over that of the median channel."""
+
+    record: Record
+    ratios: dict[int, float]
+
+    @property
+    def kurtosis(self) -> float:
+        """Excess kurtosis of the site."""
+        return self.record.kurtosis or 0.0
+
+
+@dataclass(frozen=True)
+class OutlierChannels(Probe):
+    """Heavy tails that sit in particular channels, in the residual stream and behind the norms.
+
+    A site counts when its excess kurtosis is above ``heavy`` and at least one channel's largest magnitude is above
+    ``channel`` times the median channel's. ``info`` up to ``ruinous``, ``warning`` beyond it.
+
+    Args:
+        heavy: Excess kurtosis of a heavy tail (Park et al., 2025, Table 2: at 67 four-bit perplexity had doubled).
+        ruinous: Excess kurtosis beyond which plain four-bit rounding destroyed the model (Park et al., 2025, Table 2:
+            361 is the lowest value among the ruined ones).
+        channel: Multiple of the median channel's maximum that makes a channel an outlier (setpoint: ordinary
+            channels of trained models were measured below 10).
+    """
+
+    heavy: float = 67.0
+    ruinous: float = 361.0
+    channel: float = 10.0
+
+    code: ClassVar[str] = "outlier-channels"
+    title: ClassVar[str] = "A few channels reach far beyond all others"
+    needs: ClassVar[Needs] = {role: frozenset({Stat.MOMENTS, Stat.CHANNELS}) for role in _ROLES}
+    explanation: ClassVar[str] = (
+        "Some channels carry values many times larger than those of the typical channel. The network itself copes "
+        "with it; rounding to few bits does not, because one scale per tensor or per token has to cover the largest "
+        "value and leaves few levels for the rest. Scales per channel, a rotation, moving the scale into the weights, "
+        "or training that never forms outliers are the ways out. In float32 and bfloat16 this is harmless."
+    )
+
+    def outliers(self, record: Record) -> Outliers | None:
+        """The outlier channels of a site, None when it has no heavy tail or no such channel."""
+        kurtosis, largest = record.kurtosis, record.channel_max
+        if kurtosis is None or not known(kurtosis) or kurtosis <= self.heavy or largest is None or len(largest) < 4:
+            return None
+        finite = np.where(np.isfinite(largest), largest, 0.0)
+        typical = float(np.median(finite))
+        if typical <= 0:
+            return None
+        ratios = finite / typical
+        order = np.argsort(-ratios)
+        found = {int(c): float(ratios[c]) for c in order if ratios[c] > self.channel}
+        return Outliers(record, found) if found else None
+
+    def __call__(self, trace: Trace) -> list[Finding]:
+        """At most one finding for the residual stream and one for the norms."""
+        found = [self._finding(role, hits) for role in _ROLES if (hits := self._hits(trace, role))]
+        return sorted(found, key=lambda f: (f.severity == "info", -f.value))
+
+    def _hits(self, trace: Trace, role: SiteRole) -> list[Outliers]:
+        return [hit for record in trace.by_role(role) if (hit := self.outliers(record))]
+
+    def _finding(self, role: SiteRole, hits: list[Outliers]) -> Finding:
+        worst = max(hits, key=lambda hit: hit.kurtosis)
+        severity: Severity = "warning" if worst.kurtosis > self.ruinous else "info"
+        often = Counter(c for hit in hits for c in hit.ratios)
+        reach = {c: max(hit.ratios.get(c, 0.0) for hit in hits) for c in often}
+        top = sorted(often, key=lambda c: -reach[c])
+        blocks = sorted({hit.record.site.block for hit in hits if hit.record.site.block is not None})
+        where = range_words(blocks) if blocks else worst.record.site.name
+        fleeting = self._from_few_tokens(worst, top[0])
+        few = " Its reach comes from a few tokens only." if fleeting else ""
+        return self.finding(
+            role,
+            severity,
+            value=worst.kurtosis,
+            unit="excess kurtosis",
+            threshold=self.ruinous if severity == "warning" else self.heavy,
+            source="Park et al., 2025 · arXiv 2506.19697, Table 2",
+            sites=[hit.record.site.name for hit in sorted(hits, key=lambda hit: -hit.kurtosis)],
+            evidence=f"Excess kurtosis of the {_WORDS[role]} is up to {number(worst.kurtosis)} "
+            f"({worst.record.site.name}); {len(often)} channel{'s' if len(often) > 1 else ''} exceed the median "
+            f"channel's maximum more than {number(self.channel)}-fold in {where}: {listed(top, 3)}, up to "
+            f"{number(reach[top[0]])}x.{few}",
+            numbers={
+                "kurtosis": worst.kurtosis,
+                "channels": len(often),
+                "worst_channel": top[0],
+                "worst_ratio": reach[top[0]],
+                "from_few_tokens": "yes" if fleeting else "no",
+            },
+            chart=heatmap(
+                f"Largest magnitude per channel, {_WORDS[role]}",
+                "site",
+                {
+                    hit.record.site.name: {c: float(hit.record.channel_max[c]) for c in top[:MOST_IN_CHART]}
+                    for hit in hits
+                    if hit.record.channel_max is not None
+                },
+                sorted(top[:MOST_IN_CHART]),
+            ),
+        )
+
+    @staticmethod
+    def _from_few_tokens(hit: Outliers, channel: int) -> bool:
+        """Whether a channel's energy comes from under 2 % of the tokens, judged by its crest factor.
+
+        If a share s of the tokens carried the largest value and the rest nothing, max / rms would be 1 / sqrt(s).
+        """
+        rms, largest = hit.record.channel_rms, hit.record.channel_max
+        if rms is None or largest is None or channel >= len(rms) or rms[channel] <= 0:
+            return False
+        return bool(largest[channel] / rms[channel] > 0.02**-0.5)

@@ -1,0 +1,106 @@
+"""Which methods treat a finding, for the model at hand.
+
+The catalogue comes first: what this version carries. Behind it stands a data file of published methods that are not
+carried yet (``catalog/literature.toml``), so that a finding names the paper all the same. Both are filtered by what the
+model is made of: a convolutional network is not told about attention.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Literal
+
+from setpoint.types import Item, Method, Remedy
+
+When = Literal["now", "training"]
+
+
+@dataclass(frozen=True, slots=True)
+class Paper:
+    """A method known from the literature, one entry of ``literature.toml``.
+
+    Args:
+        key: The method's key.
+        title, authors, year, arxiv: The paper.
+        treats: Finding codes.
+        when: ``"now"`` on the model as it is, ``"training"`` when it is trained.
+        does: What doing it means, in a few words.
+        requires: Words of ``Trace.structure`` that a model must have; ``"a|b"`` means one of them.
+        excludes: Words that it must not have.
+    """
+
+    key: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+    treats: tuple[str, ...]
+    when: When
+    does: str
+    requires: tuple[str, ...] = ()
+    excludes: tuple[str, ...] = ()
+
+    def accepts(self, structure: Collection[str]) -> bool:
+        """Whether a model with this structure can take the method."""
+        return all(any(word in structure for word in need.split("|")) for need in self.requires) and not any(
+            word in structure for word in self.excludes
+        )
+
+    @property
+    def reference(self) -> str:
+        """Authors, year and arXiv number in one line."""
+        return f"{self.authors}, {self.year} · arXiv {self.arxiv}"
+
+
+@cache
+def literature() -> Mapping[str, Paper]:
+    """The methods known from the literature, key -> paper, in the file's order."""
+    text = (files("setpoint.catalog") / "literature.toml").read_text(encoding="utf-8")
+    papers = {}
+    for entry in tomllib.loads(text)["paper"]:
+        lists = {name: tuple(entry.get(name, ())) for name in ("treats", "requires", "excludes")}
+        papers[entry["key"]] = Paper(**{**entry, **lists})
+    return papers
+
+
+def remedies(code: str, structure: Collection[str], methods: Mapping[str, Method] | None = None) -> tuple[Remedy, ...]:
+    """Methods that treat a finding and accept the model: what can be applied now first, carried methods first.
+
+    Args:
+        code: The finding's code.
+        structure: What the model is made of (``Trace.structure``).
+        methods: The catalogue; None for none.
+
+    Returns:
+        The remedies.
+
+    Example:
+        >>> [r.key for r in remedies("norm-mismatch", {"attention", "pre"})]
+        ['norm-align']
+        >>> remedies("norm-mismatch", {"convolution", "batch-norm"})
+        ()
+    """
+    papers = literature()
+    found: list[Remedy] = []
+    carried: set[str] = set()
+    for method in (methods or {}).values():
+        items = [item for item in method.items if item.kind != "check" and code in item.treats]
+        if not items:
+            continue
+        carried.add(method.key)
+        if method.key not in papers or papers[method.key].accepts(structure):
+            found += [Remedy(item.id, item.does, _when(item), method.reference, available=True) for item in items]
+    found += [
+        Remedy(paper.key, paper.does, paper.when, paper.reference)
+        for paper in papers.values()
+        if code in paper.treats and paper.key not in carried and paper.accepts(structure)
+    ]
+    return tuple(sorted(found, key=lambda r: (r.when == "training", not r.available)))
+
+
+def _when(item: Item) -> When:
+    return "now" if item.preserves in ("exact", "approximate") else "training"
