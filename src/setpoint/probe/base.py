@@ -138,8 +138,8 @@ def known(value: float | None) -> bool:
 def number(value: float) -> str:
     """A figure for a person to read.
 
-    >>> [number(v) for v in (0.0, 0.00123, 0.4567, 7.25, 48.3, 23902.3, 3.7e9)]
-    ['0', '0.0012', '0.46', '7.2', '48', '23,902', '3.7e+09']
+    >>> [number(v) for v in (0.0, 0.00123, 0.4567, 3.0, 7.25, 48.3, 23902.3, 3.7e9)]
+    ['0', '0.0012', '0.46', '3', '7.2', '48', '23,902', '3.7e+09']
     """
     size = abs(value)
     if size == 0:
@@ -148,7 +148,7 @@ def number(value: float) -> str:
         return f"{value:.2g}"
     if size < 1:
         return f"{value:.2g}"
-    return f"{value:.1f}" if size < 10 else f"{value:,.0f}"
+    return f"{value:.1f}".removesuffix(".0") if size < 10 else f"{value:,.0f}"
 
 
 def percent(share: float) -> str:

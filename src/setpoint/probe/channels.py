@@ -40,7 +40,9 @@ class OutlierChannels(Probe):
     """Heavy tails that sit in particular channels, in the residual stream and behind the norms.
 
     A site counts when its excess kurtosis is above ``heavy`` and at least one channel's largest magnitude is above
-    ``channel`` times the median channel's. ``info`` up to ``ruinous``, ``warning`` beyond it.
+    ``channel`` times the median channel's. ``warning`` when its kurtosis is above ``ruinous`` and the tail is made by
+    more than a few tokens; ``info`` otherwise (what one or two tokens of a sequence do is `massive-activation`'s to
+    judge).
 
     Args:
         heavy: Excess kurtosis of a heavy tail (Park et al., 2025, Table 2: at 67 four-bit perplexity had doubled).
@@ -80,22 +82,23 @@ class OutlierChannels(Probe):
 
     def __call__(self, trace: Trace) -> list[Finding]:
         """At most one finding for the residual stream and one for the norms."""
-        found = [self._finding(role, hits) for role in _ROLES if (hits := self._hits(trace, role))]
+        few = max(0.02, 2 * trace.sequences / max(trace.tokens, 1))
+        found = [self._finding(role, hits, few) for role in _ROLES if (hits := self._hits(trace, role))]
         return sorted(found, key=lambda f: (f.severity == "info", -f.value))
 
     def _hits(self, trace: Trace, role: SiteRole) -> list[Outliers]:
         return [hit for record in trace.by_role(role) if (hit := self.outliers(record))]
 
-    def _finding(self, role: SiteRole, hits: list[Outliers]) -> Finding:
-        worst = max(hits, key=lambda hit: hit.kurtosis)
-        severity: Severity = "warning" if worst.kurtosis > self.ruinous else "info"
+    def _finding(self, role: SiteRole, hits: list[Outliers], few: float) -> Finding:
+        lasting = [hit for hit in hits if not all(_from_few_tokens(hit.record, c, few) for c in hit.ratios)]
+        worst = max(lasting or hits, key=lambda hit: hit.kurtosis)
+        severity: Severity = "warning" if lasting and worst.kurtosis > self.ruinous else "info"
         often = Counter(c for hit in hits for c in hit.ratios)
         reach = {c: max(hit.ratios.get(c, 0.0) for hit in hits) for c in often}
         top = sorted(often, key=lambda c: -reach[c])
         blocks = sorted({hit.record.site.block for hit in hits if hit.record.site.block is not None})
         where = range_words(blocks) if blocks else worst.record.site.name
-        fleeting = self._from_few_tokens(worst, top[0])
-        few = " Its reach comes from a few tokens only." if fleeting else ""
+        brief = "" if lasting else " A few tokens make the whole tail (see massive-activation)."
         return self.finding(
             role,
             severity,
@@ -105,15 +108,15 @@ class OutlierChannels(Probe):
             source="Park et al., 2025 · arXiv 2506.19697, Table 2",
             sites=[hit.record.site.name for hit in sorted(hits, key=lambda hit: -hit.kurtosis)],
             evidence=f"Excess kurtosis of the {_WORDS[role]} is up to {number(worst.kurtosis)} "
-            f"({worst.record.site.name}); {len(often)} channel{'s' if len(often) > 1 else ''} exceed the median "
-            f"channel's maximum more than {number(self.channel)}-fold in {where}: {listed(top, 3)}, up to "
-            f"{number(reach[top[0]])}x.{few}",
+            f"({worst.record.site.name}); {len(often)} channel{'s exceed' if len(often) > 1 else ' exceeds'} "
+            f"the median channel's maximum more than {number(self.channel)}-fold in {where}: {listed(top, 3)}, up to "
+            f"{number(reach[top[0]])}x.{brief}",
             numbers={
                 "kurtosis": worst.kurtosis,
                 "channels": len(often),
                 "worst_channel": top[0],
                 "worst_ratio": reach[top[0]],
-                "from_few_tokens": "yes" if fleeting else "no",
+                "from_few_tokens": "no" if lasting else "yes",
             },
             chart=heatmap(
                 f"Largest magnitude per channel, {_WORDS[role]}",
@@ -127,13 +130,13 @@ class OutlierChannels(Probe):
             ),
         )
 
-    @staticmethod
-    def _from_few_tokens(hit: Outliers, channel: int) -> bool:
-        """Whether a channel's energy comes from under 2 % of the tokens, judged by its crest factor.
 
-        If a share s of the tokens carried the largest value and the rest nothing, max / rms would be 1 / sqrt(s).
-        """
-        rms, largest = hit.record.channel_rms, hit.record.channel_max
-        if rms is None or largest is None or channel >= len(rms) or rms[channel] <= 0:
-            return False
-        return bool(largest[channel] / rms[channel] > 0.02**-0.5)
+def _from_few_tokens(record: Record, channel: int, share: float) -> bool:
+    """Whether at most a share of the tokens makes a channel's energy, judged by its crest factor.
+
+    If a share s of the tokens carried the largest value and the rest nothing, max / rms would be 1 / sqrt(s).
+    """
+    rms, largest = record.channel_rms, record.channel_max
+    if rms is None or largest is None or channel >= len(rms) or rms[channel] <= 0:
+        return False
+    return bool(largest[channel] / rms[channel] > share**-0.5)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
-from setpoint.probe.base import Needs, Probe, listed, number, percent
+from setpoint.probe.base import Needs, Probe, listed, percent
 from setpoint.types import Finding, SiteRole, Stat, Trace
 
 _EVERYWHERE: tuple[SiteRole, ...] = ("embedding", "residual", "branch", "norm", "hidden", "convolution", "logits")
@@ -70,7 +70,7 @@ class NonFinite(Probe):
                     threshold=self.most,
                     source="an activation must be a finite number",
                     sites=[r.site.name for r in hit],
-                    evidence=f"{number(first.non_finite)} values ({percent(share)}) are inf or nan at "
+                    evidence=f"{first.non_finite:,} values ({percent(share)}) are inf or nan at "
                     f"{first.site.name}, the first place where they appear{behind}.",
                     numbers={"non_finite": first.non_finite, "share": share, "sites": len(hit)},
                 )

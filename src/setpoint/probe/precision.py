@@ -31,7 +31,8 @@ _READ: tuple[SiteRole, ...] = ("norm", "hidden", "convolution")
 class PrecisionRisk(Probe):
     """Values that don't fit float16, int8 or float8; one finding per format.
 
-    float16: ``error`` when a value exceeds it, ``warning`` within a factor ``tight``, ``info`` within ``near``.
+    float16: ``warning`` when the largest value is within a factor ``tight`` of what it holds or beyond, and ``error``
+    then if the model runs in float16; ``info`` within ``near``.
     int8, one scale per tensor: ``warning`` when the typical channel's largest value spans fewer than ``few`` steps at
     some input of a matrix product, ``info`` when fewer than ``some``. float8 without a scale: ``info`` when a value is
     clipped.
@@ -85,22 +86,23 @@ class PrecisionRisk(Probe):
             return []
         worst, largest = max(close, key=lambda pair: pair[1])
         headroom = FLOAT16_MAX / largest
-        severity: Severity = "error" if headroom < 1 else "warning" if headroom < self.tight else "info"
-        runs = " and the model runs in float16" if worst.dtype == "float16" else ""
+        in_use = worst.dtype == "float16"
+        severity: Severity = "info" if headroom >= self.tight else "error" if in_use else "warning"
+        runs = ", in which the model runs," if in_use else ""
         return [
             self.finding(
                 "float16",
                 severity,
                 value=headroom,
                 unit="x headroom",
-                threshold={"error": 1.0, "warning": self.tight, "info": self.near}[severity],
+                threshold=self.near if severity == "info" else self.tight,
                 source="IEEE 754 binary16: largest finite value 65504",
                 sites=[r.site.name for r, _ in sorted(close, key=lambda pair: -pair[1])],
                 evidence=f"The largest value is {number(largest)} at {worst.site.name}: "
                 + (
-                    f"{number(1 / headroom)} times what float16 can hold{runs}."
+                    f"{number(1 / headroom)} times what float16{runs} can hold."
                     if headroom < 1
-                    else f"float16 leaves a factor of {headroom:.1f}{runs}."
+                    else f"float16{runs} leaves a factor of {headroom:.1f}."
                 ),
                 numbers={"largest": largest, "headroom": headroom, "sites": len(close)},
                 chart=profile(
