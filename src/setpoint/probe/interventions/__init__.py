@@ -3,5 +3,9 @@
 from __future__ import annotations
 
 from setpoint.probe.base import Intervention
+from setpoint.probe.interventions.dependence import MassiveDependence
+from setpoint.probe.interventions.removal import BlockRemoval
+from setpoint.probe.interventions.sparsity import SilencedNeurons
 
-INTERVENTIONS: tuple[Intervention, ...] = ()
+INTERVENTIONS: tuple[Intervention, ...] = (MassiveDependence(), BlockRemoval(), SilencedNeurons())
+"""One of each, with its default thresholds."""
