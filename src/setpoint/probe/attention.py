@@ -47,8 +47,8 @@ class AttentionCollapse(Probe):
     ``warning`` when at least ``share`` of the model's heads are uniform, ``info`` when a whole layer is.
 
     Args:
-        entropy: Normalized entropy of a uniform head (setpoint: at 0.99 over 512 keys the weights differ by about a
-            tenth of their log-size; trained heads were measured below 0.95 on the whole).
+        entropy: Normalized entropy of a uniform head (setpoint: the most even of 414 trained heads, of SmolLM2-135M,
+            MiniLM and a ViT-S, was measured at 0.97).
         share: Share of all heads.
     """
 
@@ -85,7 +85,7 @@ class AttentionCollapse(Probe):
                 value=count / heads,
                 unit="share of heads",
                 threshold=self.share if severity == "warning" else self.entropy,
-                source="setpoint: normalized entropy above 0.99; trained heads were measured below",
+                source="setpoint: the most even of 414 trained heads was measured at 0.97",
                 sites=worst,
                 evidence=f"{count} of {heads} heads attend to all visible tokens alike (normalized entropy above "
                 f"{self.entropy:.2f}, up to {highest:.4f}); uniform throughout: {listed(whole, 3)}.",
@@ -105,7 +105,7 @@ class AttentionSaturation(Probe):
     Args:
         rows: Share of a head's rows whose largest weight is above 0.999 that makes it saturated. At 0.999 the
             softmax's Jacobian is at most 0.002, 1/250 of its largest possible value 1/2.
-        share: Share of all heads (setpoint: a quarter; trained models were measured below 5 %).
+        share: Share of all heads (setpoint: a quarter; in trained models 1 head of 414 was measured to be saturated).
         sink: Mean mass on the first token that makes a head a sink (setpoint: 0.3; an even split over 256 tokens
             gives 0.02).
         sink_heads: Share of a layer's heads that are sinks before it is worth a note.

@@ -24,10 +24,17 @@ _WORDS = {"residual": "residual stream", "norm": "norm outputs"}
 
 @dataclass(frozen=True)
 class Outliers:
-    """The outlier channels of one site: index -> largest magnitude over that of the median channel."""
+    """The outlier channels of one site.
+
+    Args:
+        record: The site's record.
+        ratios: Channel -> its largest magnitude over that of the median channel, largest first.
+        brief: Whether the largest of them owes its reach to a few tokens.
+    """
 
     record: Record
     ratios: dict[int, float]
+    brief: bool
 
     @property
     def kurtosis(self) -> float:
@@ -40,21 +47,23 @@ class OutlierChannels(Probe):
     """Heavy tails that sit in particular channels, in the residual stream and behind the norms.
 
     A site counts when its excess kurtosis is above ``heavy`` and at least one channel's largest magnitude is above
-    ``channel`` times the median channel's. ``warning`` when its kurtosis is above ``ruinous`` and the tail is made by
-    more than a few tokens; ``info`` otherwise (what one or two tokens of a sequence do is `massive-activation`'s to
-    judge).
+    ``channel`` times the median channel's. ``warning`` when the mean kurtosis over all sites of the kind is above
+    ``ruinous``, ``info`` otherwise. Sites whose tail is made by one or two tokens of a sequence don't count towards a
+    warning: those are `massive-activation`'s to judge.
 
     Args:
         heavy: Excess kurtosis of a heavy tail (Park et al., 2025, Table 2: at 67 four-bit perplexity had doubled).
-        ruinous: Excess kurtosis beyond which plain four-bit rounding destroyed the model (Park et al., 2025, Table 2:
-            361 is the lowest value among the ruined ones).
-        channel: Multiple of the median channel's maximum that makes a channel an outlier (setpoint: ordinary
-            channels of trained models were measured below 10).
+        ruinous: Mean excess kurtosis from which plain four-bit rounding destroyed the model (Park et al., 2025,
+            Table 2: 361 is the lowest value among the ruined ones).
+        channel: Multiple of the median channel's maximum that makes a channel an outlier (setpoint: at most places of
+            trained models the widest channel was measured at 2 to 10).
+        few: Share of the tokens that are "a few", if two of each sequence are less.
     """
 
     heavy: float = 67.0
     ruinous: float = 361.0
     channel: float = 10.0
+    few: float = 0.02
 
     code: ClassVar[str] = "outlier-channels"
     title: ClassVar[str] = "A few channels reach far beyond all others"
@@ -66,8 +75,13 @@ class OutlierChannels(Probe):
         "or training that never forms outliers are the ways out. In float32 and bfloat16 this is harmless."
     )
 
-    def outliers(self, record: Record) -> Outliers | None:
-        """The outlier channels of a site, None when it has no heavy tail or no such channel."""
+    def outliers(self, record: Record, few: float) -> Outliers | None:
+        """The outlier channels of a site, None when it has no heavy tail or no such channel.
+
+        Args:
+            record: The site's record.
+            few: Share of the tokens that are a few.
+        """
         kurtosis, largest = record.kurtosis, record.channel_max
         if kurtosis is None or not known(kurtosis) or kurtosis <= self.heavy or largest is None or len(largest) < 4:
             return None
@@ -78,41 +92,50 @@ class OutlierChannels(Probe):
         ratios = finite / typical
         order = np.argsort(-ratios)
         found = {int(c): float(ratios[c]) for c in order if ratios[c] > self.channel}
-        return Outliers(record, found) if found else None
+        if not found:
+            return None
+        return Outliers(record, found, _from_few_tokens(record, next(iter(found)), few))
 
     def __call__(self, trace: Trace) -> list[Finding]:
         """At most one finding for the residual stream and one for the norms."""
-        few = max(0.02, 2 * trace.sequences / max(trace.tokens, 1))
-        found = [self._finding(role, hits, few) for role in _ROLES if (hits := self._hits(trace, role))]
+        few = max(self.few, 2 * trace.sequences / max(trace.tokens, 1))
+        found = []
+        for role in _ROLES:
+            hits = [hit for record in trace.by_role(role) if (hit := self.outliers(record, few))]
+            if hits:
+                found.append(self._finding(role, hits, trace))
         return sorted(found, key=lambda f: (f.severity == "info", -f.value))
 
-    def _hits(self, trace: Trace, role: SiteRole) -> list[Outliers]:
-        return [hit for record in trace.by_role(role) if (hit := self.outliers(record))]
-
-    def _finding(self, role: SiteRole, hits: list[Outliers], few: float) -> Finding:
-        lasting = [hit for hit in hits if not all(_from_few_tokens(hit.record, c, few) for c in hit.ratios)]
-        worst = max(lasting or hits, key=lambda hit: hit.kurtosis)
-        severity: Severity = "warning" if lasting and worst.kurtosis > self.ruinous else "info"
-        often = Counter(c for hit in hits for c in hit.ratios)
-        reach = {c: max(hit.ratios.get(c, 0.0) for hit in hits) for c in often}
+    def _finding(self, role: SiteRole, hits: list[Outliers], trace: Trace) -> Finding:
+        lasting = [hit for hit in hits if not hit.brief]
+        brief = {hit.record.site.name for hit in hits if hit.brief}
+        judged = [k for r in trace.by_role(role) if r.site.name not in brief and known(k := r.kurtosis)]
+        mean = sum(k for k in judged if k is not None) / max(len(judged), 1)
+        severity: Severity = "warning" if lasting and mean > self.ruinous else "info"
+        shown = lasting or hits
+        worst = max(shown, key=lambda hit: hit.kurtosis)
+        often = Counter(c for hit in shown for c in hit.ratios)
+        reach = {c: max(hit.ratios.get(c, 0.0) for hit in shown) for c in often}
         top = sorted(often, key=lambda c: -reach[c])
-        blocks = sorted({hit.record.site.block for hit in hits if hit.record.site.block is not None})
+        blocks = sorted({hit.record.site.block for hit in shown if hit.record.site.block is not None})
         where = range_words(blocks) if blocks else worst.record.site.name
-        brief = "" if lasting else " A few tokens make the whole tail (see massive-activation)."
+        note = "" if lasting else " A few tokens make the whole tail (see massive-activation)."
+        average = f", {number(mean)} on average over {len(judged)} places" if lasting else ""
         return self.finding(
             role,
             severity,
-            value=worst.kurtosis,
+            value=mean if severity == "warning" else worst.kurtosis,
             unit="excess kurtosis",
             threshold=self.ruinous if severity == "warning" else self.heavy,
             source="Park et al., 2025 · arXiv 2506.19697, Table 2",
-            sites=[hit.record.site.name for hit in sorted(hits, key=lambda hit: -hit.kurtosis)],
+            sites=[hit.record.site.name for hit in sorted(shown, key=lambda hit: -hit.kurtosis)],
             evidence=f"Excess kurtosis of the {_WORDS[role]} is up to {number(worst.kurtosis)} "
-            f"({worst.record.site.name}); {len(often)} channel{'s exceed' if len(often) > 1 else ' exceeds'} "
-            f"the median channel's maximum more than {number(self.channel)}-fold in {where}: {listed(top, 3)}, up to "
-            f"{number(reach[top[0]])}x.{brief}",
+            f"({worst.record.site.name}){average}; {len(often)} "
+            f"channel{'s exceed' if len(often) > 1 else ' exceeds'} the median channel's maximum more than "
+            f"{number(self.channel)}-fold in {where}: {listed(top, 3)}, up to {number(reach[top[0]])}x.{note}",
             numbers={
                 "kurtosis": worst.kurtosis,
+                "mean_kurtosis": mean,
                 "channels": len(often),
                 "worst_channel": top[0],
                 "worst_ratio": reach[top[0]],
@@ -123,7 +146,7 @@ class OutlierChannels(Probe):
                 "site",
                 {
                     hit.record.site.name: {c: float(hit.record.channel_max[c]) for c in top[:MOST_IN_CHART]}
-                    for hit in hits
+                    for hit in shown
                     if hit.record.channel_max is not None
                 },
                 sorted(top[:MOST_IN_CHART]),

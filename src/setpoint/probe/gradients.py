@@ -38,8 +38,9 @@ class GradientImbalance(Probe):
     beyond ``limit``. A block with no gradient at all while others have one is a ``warning`` too.
 
     Args:
-        limit: Ratio between the ends (setpoint: two orders of magnitude; trained and freshly initialized pre-norm
-            transformers and normalized residual networks were measured below 20).
+        limit: Ratio between the ends (setpoint: measured at 1 to 4 on a trained MobileNetV2 and on freshly initialized
+            GPT-2, Llama and BERT models of 6 to 24 layers, at 1,000 and more on a plain ReLU network of 12 layers with
+            PyTorch's default initialization).
         fewest: Blocks below which nothing is said.
     """
 
@@ -102,7 +103,7 @@ class GradientImbalance(Probe):
                     value=ratio,
                     unit="x between the ends",
                     threshold=self.limit,
-                    source="setpoint: normalized networks were measured below 20",
+                    source="setpoint: normalized networks were measured at 1 to 4, an unnormalized one at 1,000",
                     sites=[f"block {worst}"],
                     evidence=f"The gradient {toward}: rms {number(early)} in the first {third} blocks, "
                     f"{number(late)} in the last {third}, a factor of {number(ratio)}.",

@@ -24,7 +24,7 @@ class IdleLayers(Probe):
 
     Args:
         angle: Degrees (setpoint: 3 degrees is an update of 5 % of the stream; the least active blocks of trained
-            models were measured at 6 and more).
+            models were measured at 10 and more).
         share: Share of all blocks (setpoint: a quarter; Sun et al., 2025, find up to half of the depth idle).
     """
 
@@ -59,7 +59,7 @@ class IdleLayers(Probe):
                 value=least[1],
                 unit="degrees",
                 threshold=self.angle,
-                source="setpoint: an update of 5 % of the stream; trained blocks were measured at 6 degrees and more",
+                source="setpoint: an update of 5 % of the stream; trained blocks were measured at 10 degrees and more",
                 sites=[r.site.name for r, _ in idle],
                 evidence=f"{len(idle)} of {len(turned)} blocks ({percent(share)}) turn the stream by under "
                 f"{number(self.angle)} degrees: {range_words(blocks)}; the least is block {least[0].site.block} at "

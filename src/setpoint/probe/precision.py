@@ -33,21 +33,21 @@ class PrecisionRisk(Probe):
 
     float16: ``warning`` when the largest value is within a factor ``tight`` of what it holds or beyond, and ``error``
     then if the model runs in float16; ``info`` within ``near``.
-    int8, one scale per tensor: ``warning`` when the typical channel's largest value spans fewer than ``few`` steps at
-    some input of a matrix product, ``info`` when fewer than ``some``. float8 without a scale: ``info`` when a value is
-    clipped.
+    int8, one scale per tensor: an input of a matrix product is coarse when the typical channel's largest value spans
+    fewer than ``steps`` steps; ``warning`` when at least a ``share`` of all inputs are, ``info`` when some are. float8
+    without a scale: ``info`` when a value is clipped.
 
     Args:
         tight: Factor to 65504 (setpoint: other inputs easily bring a factor of 2).
         near: Factor to 65504 worth a note (setpoint).
-        few: Steps for the typical channel's largest value (setpoint: below 2, its values round to -1, 0 or 1).
-        some: Steps for the typical channel's largest value (setpoint: 8 of 127 steps are what 4 bits have).
+        steps: Steps for the typical channel's largest value (8 either way is what 4 bits have).
+        share: Share of coarse inputs (setpoint: half; single ones can be kept in a wider format).
     """
 
     tight: float = 2.0
     near: float = 8.0
-    few: float = 2.0
-    some: float = 8.0
+    steps: float = 8.0
+    share: float = 0.5
 
     code: ClassVar[str] = "precision-risk"
     title: ClassVar[str] = "Values come close to the limits of a number format"
@@ -124,11 +124,11 @@ class PrecisionRisk(Probe):
 
     def _int8(self, trace: Trace) -> list[Finding]:
         levels = {r.site.name: v for r in trace.records.values() if (v := typical_levels(r)) is not None}
-        coarse = {name: v for name, v in levels.items() if v < self.some}
+        coarse = {name: v for name, v in levels.items() if v < self.steps}
         if not coarse:
             return []
         worst = min(coarse, key=coarse.__getitem__)
-        severity: Severity = "warning" if coarse[worst] < self.few else "info"
+        severity: Severity = "warning" if len(coarse) >= self.share * len(levels) else "info"
         record = trace.records[worst]
         largest = peak(record) or 0.0
         step = largest / INT8_LEVELS
@@ -141,12 +141,12 @@ class PrecisionRisk(Probe):
                 severity,
                 value=coarse[worst],
                 unit="int8 steps for the typical channel",
-                threshold=self.few if severity == "warning" else self.some,
+                threshold=self.steps,
                 source="symmetric int8, one scale per tensor: step = max / 127",
                 sites=sorted(coarse, key=coarse.__getitem__),
                 evidence=f"At {len(coarse)} of {len(levels)} inputs of matrix products one int8 scale per tensor "
-                f"leaves the typical channel under {number(self.some)} of 127 steps; fewest at {worst}: "
-                f"{coarse[worst]:.1f} (step {number(step)}){lost}.",
+                f"leaves the typical channel under {number(self.steps)} of 127 steps; fewest at {worst}: "
+                f"{number(coarse[worst])} (step {number(step)}){lost}.",
                 numbers={"levels": coarse[worst], "step": step, "largest": largest, "sites": len(coarse)},
                 chart=profile(
                     "int8 steps left for the typical channel",
@@ -161,7 +161,7 @@ class PrecisionRisk(Probe):
                         if any(r.site.role == role and r.site.name in levels for r in trace.records.values())
                     },
                     log=True,
-                    threshold=self.some,
+                    threshold=self.steps,
                 ),
                 explanation=self.int8_explanation,
             )

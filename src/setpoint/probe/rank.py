@@ -19,7 +19,7 @@ class RankCollapse(Probe):
 
     Args:
         cosine: Mean pairwise cosine (setpoint: 0.99 is an angle of 8 degrees between any two tokens; trained models
-            were measured below 0.95).
+            were measured below 0.75).
         identical: Mean pairwise cosine at which the tokens are one vector in all but rounding.
     """
 
@@ -58,7 +58,7 @@ class RankCollapse(Probe):
                 value=worst[1],
                 unit="mean cosine",
                 threshold=self.identical if worst[1] > self.identical else self.cosine,
-                source="setpoint: trained models were measured below 0.95",
+                source="setpoint: trained models were measured below 0.75",
                 sites=[r.site.name for r, _ in sorted(alike, key=lambda pair: -pair[1])],
                 evidence=f"The mean cosine between the tokens of a sequence is {start[1]:.3f} {where} and "
                 f"{worst[1]:.5f} after block {worst[0].site.block}; it is above {number(self.cosine)} in "
