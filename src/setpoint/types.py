@@ -41,6 +41,7 @@ class Loaded:
         source: What the user asked for, as typed.
         notes: Facts a reader must know to judge the numbers (for example "weights are 4-bit, dequantized to float32").
         batches: Inputs that came with the model (a user's factory may return them beside it), None otherwise.
+        loss: ``loss(output, batch)`` that came with the model in the same way, None otherwise.
     """
 
     model: nn.Module
@@ -50,6 +51,7 @@ class Loaded:
     source: str
     notes: tuple[str, ...] = ()
     batches: Sequence[Any] | None = None
+    loss: Callable[[Any, Any], Tensor] | None = None
 
 
 Task = Literal["language-model", "encoder", "image-features", "image-classification", "other"]

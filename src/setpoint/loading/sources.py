@@ -1,0 +1,165 @@
+"""One door for every kind of model: `load` looks at what it is given and calls the loader for it."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from setpoint.errors import InputError, nearest
+from setpoint.loading import shelf
+from setpoint.loading.factory import from_factory, run
+from setpoint.loading.tasks import forward_for, task_of
+from setpoint.types import Loaded
+
+_FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+def load(
+    source: str | Path | nn.Module,
+    *,
+    hub: bool = False,
+    trust_code: bool = False,
+    device: str | torch.device = "cpu",
+    dtype: str | torch.dtype | None = None,
+) -> Loaded:
+    """Load a model as data: nothing in a file is run, and nothing is fetched unless asked for.
+
+    Args:
+        source: One of
+
+            - a folder in Hugging Face's layout (``config.json`` and safetensors),
+            - a ``.gguf`` file,
+            - ``module:factory``, a function of yours that returns a `torch.nn.Module`, ``(model, batches)`` or
+              ``(model, batches, loss)``; the current directory is importable,
+            - the short name of a model that a package ships (`packaged` lists them),
+            - a hub id such as ``owner/name``, with ``hub=True`` only,
+            - a `torch.nn.Module`, which is taken as it is, training mode included.
+        hub: Allow a download from the Hugging Face hub.
+        trust_code: Run the model code that a folder or hub repository brings along.
+        device: Where to put the weights.
+        dtype: Floating-point type to run in; float32 if None, whatever type is stored.
+
+    Returns:
+        The model in eval mode with its tokenizer or image transform and notes on its weights.
+
+    Raises:
+        InputError: The source is unknown, damaged, incomplete, or asks to run code.
+
+    >>> from torch import nn
+    >>> load(nn.Linear(2, 2)).task
+    'other'
+    """
+    if isinstance(source, nn.Module):
+        return _placed(_described(source, source=type(source).__name__), device, dtype)
+    if not isinstance(source, str | Path):
+        raise TypeError(f"expected a path, a name or a torch.nn.Module, got a {type(source).__name__}")
+    return replace(_open(str(source), hub, trust_code, device, _dtype(dtype)), source=str(source))
+
+
+def _open(source: str, hub: bool, trust_code: bool, device: str | torch.device, dtype: torch.dtype | None) -> Loaded:
+    path = Path(source).expanduser()
+    if source in shelf.packaged() and not path.exists():
+        return _placed(_packaged(source, dtype or torch.float32), device, None)
+    if path.is_dir():
+        from setpoint.loading.huggingface import load_folder
+
+        return _placed(load_folder(path, dtype or torch.float32, trust_code), device, None)
+    if path.is_file():
+        return _placed(_file(path, dtype or torch.float32), device, None)
+    if _FACTORY.fullmatch(source):
+        model, batches, loss = from_factory(source)
+        loaded = replace(_described(model.eval(), source), batches=batches or None, loss=loss)
+        return _placed(loaded, device, dtype)
+    if _HUB_ID.fullmatch(source) and not source.startswith("."):
+        if not hub:
+            raise InputError(
+                f"{source} is neither a file nor a folder here; to download it from the Hugging Face hub add --hub "
+                f"(in Python: hub=True)"
+            )
+        from setpoint.loading.huggingface import load_hub
+
+        return _placed(load_hub(source, dtype or torch.float32, trust_code), device, None)
+    names = shelf.packaged()
+    if re.fullmatch(r"[\w-]+", source):
+        raise InputError(f"no model is called {source!r}; nearest: {', '.join(nearest(source, names))}")
+    raise InputError(
+        f"{source} does not exist; expected a model folder, a .gguf file, module:factory or one of {', '.join(names)}"
+    )
+
+
+def _packaged(name: str, dtype: torch.dtype) -> Loaded:
+    path = shelf.find(name)
+    if name == "vit-s":
+        from setpoint.loading.vit import load_vit
+
+        return load_vit(path, dtype)
+    if name == "mobilenetv2":
+        from setpoint.loading.mobilenet import load_mobilenet
+
+        return load_mobilenet(path, dtype)
+    if path.is_dir():
+        from setpoint.loading.huggingface import load_folder
+
+        return load_folder(path, dtype, trust_code=False)
+    return _file(path, dtype)
+
+
+def _file(path: Path, dtype: torch.dtype) -> Loaded:
+    if path.suffix == ".gguf":
+        from setpoint.loading.gguf import load_gguf
+
+        model, tokenizer, notes = load_gguf(path, dtype)
+        return replace(_described(model, str(path)), processor=tokenizer, notes=notes)
+    if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
+        raise InputError(f"{path} holds weights without an architecture; give the folder with its config.json")
+    if path.suffix in _PICKLES:
+        from setpoint.loading.pickles import read_pickle
+
+        tensors = read_pickle(path)
+        raise InputError(
+            f"{path} holds {len(tensors)} weights without an architecture; "
+            f"give module:factory, a function of yours that builds the model and loads them"
+        )
+    if path.suffix == ".py":
+        raise InputError(f"{path} is Python; name the function in it that builds the model: {path.stem}:FUNCTION")
+    with path.open("rb") as file:
+        if file.read(4) == b"GGUF":
+            raise InputError(f"{path} is a GGUF file; rename it to end in .gguf")
+    raise InputError(f"{path} is not a model; expected a folder, a .gguf file or module:factory")
+
+
+def _described(model: nn.Module, source: str) -> Loaded:
+    """A model with the task that its class tells, if it is one of transformers' own."""
+    task = task_of(model)
+    return Loaded(model=model, processor=None, task=task, forward=forward_for(model), source=source)
+
+
+def _placed(loaded: Loaded, device: str | torch.device, dtype: str | torch.dtype | None) -> Loaded:
+    """The model on its device, cast only if a type was asked for."""
+    wanted = _dtype(dtype)
+    try:
+        target = torch.device(device)
+        if target.type == "cpu" and wanted is None:
+            return loaded
+        return replace(loaded, model=loaded.model.to(target, wanted))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!s} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    if dtype is None:
+        return None
+    found: Any = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"{dtype} is not a floating-point type; expected float32, bfloat16, float16 or float64")
+    return found
+
+
+__all__ = ["load", "run"]
