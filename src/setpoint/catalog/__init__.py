@@ -3,6 +3,12 @@
 One small TOML file per method lies at ``catalog/<room>/<key>.toml``: the paper, and the items that it brings with
 the import path of their code. The last result of its proof lies beside it in ``catalog/results/<key>.json``. Reading
 the catalogue imports nothing of what it lists, so that ``setpoint list`` answers at once.
+
+>>> from setpoint.catalog import methods, select
+>>> methods["massive-refined"].year
+2025
+>>> [method.key for method in select(treats="rank-collapse")]
+['rank-collapse']
 """
 
 from __future__ import annotations
@@ -67,6 +73,10 @@ def items() -> dict[str, tuple[Method, Item]]:
 
     Returns:
         Item id (what ``--with`` and ``--probe`` take) to ``(method, item)``.
+
+    >>> method, item = items()["massive-activation"]
+    >>> method.key, item.kind
+    ('massive-refined', 'check')
     """
     return {item.id: (method, item) for method in methods.values() for item in method.items}
 
@@ -79,6 +89,9 @@ def find(name: str) -> Method:
 
     Raises:
         UnknownMethod: Nothing is called so; the message names the nearest keys and ids.
+
+    >>> find("massive-activation").key
+    'massive-refined'
     """
     if name in methods:
         return methods[name]
@@ -98,6 +111,9 @@ def select(kind: Kind | None = None, room: str | None = None, treats: str | None
 
     Raises:
         InputError: A kind, room or code that the catalogue does not have.
+
+    >>> all("check" in method.kinds for method in select(kind="check", room="probe"))
+    True
     """
     rooms = {"/".join(parts[:n]) for parts in _room_parts() for n in range(1, len(parts) + 1)}
     _known("kind", kind, set(get_args(Kind)))

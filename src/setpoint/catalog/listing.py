@@ -31,7 +31,9 @@ def render_list(methods: Iterable[Method]) -> RenderableType:
     Returns:
         Something for ``rich.print``.
     """
-    table = Table("method", "kind", "room", "treats", "paper", box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(
+        "method", "kind", "room", "treats", "paper", box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold"
+    )
     table.columns[0].no_wrap = True
     for method in methods:
         table.add_row(
@@ -39,7 +41,7 @@ def render_list(methods: Iterable[Method]) -> RenderableType:
             ", ".join(sorted(method.kinds)),
             method.room,
             ", ".join(sorted(method.treats)),
-            Text(method.reference, style="dim"),
+            Text(_short_reference(method), style="dim"),
         )
     if not table.row_count:
         return Text("No method meets these filters.")
@@ -77,12 +79,22 @@ def as_json(methods: Iterable[Method]) -> str:
 
     Args:
         methods: What to write, in this order.
+
+    >>> import json
+    >>> from setpoint.catalog import methods
+    >>> json.loads(as_json([methods["massive-refined"]]))[0]["arxiv"]
+    '2503.22329'
     """
     return json.dumps([_plain(method) for method in methods], indent=2, ensure_ascii=False)
 
 
 def shell_form(item: Item) -> str:
-    """How an item is used at a shell; "" for what is only used from Python."""
+    """How an item is used at a shell; "" for what is only used from Python.
+
+    >>> from setpoint.catalog import items
+    >>> shell_form(items()["massive-activation"][1])
+    'setpoint check MODEL --probe massive-activation'
+    """
     if item.kind == "check":
         return f"setpoint check MODEL --probe {item.id}"
     if item.kind == "fix":
@@ -99,6 +111,13 @@ def import_line(item: Item) -> str:
     """
     module, _, name = item.path.partition(":")
     return f"from {module} import {name}"
+
+
+def _short_reference(method: Method) -> str:
+    """First author and year; the full reference is what ``show`` is for."""
+    first, *others = method.authors.removesuffix(" et al.").split(", ")
+    many = others or method.authors.endswith(" et al.")
+    return f"{first}{' et al.' if many else ''}, {method.year}"
 
 
 def _item_table(item: Item) -> Table:

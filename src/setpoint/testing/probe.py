@@ -237,12 +237,13 @@ def _needs_suffice(probe: Probe, name: str, trace: Trace, findings: Sequence[Fin
 
 def _survives_damage(probe: Probe, name: str, trace: Trace) -> None:
     """Statistics that are missing, infinite or undefined are no reason to fall over."""
-    damaged = {
-        "nan": _times(trace, nan),
-        "infinite": replace(_times(trace, inf), attention=_overflown(trace.attention)),
-        "zero": _times(trace, 0.0),
-        "missing": restrict(trace, {role: frozenset() for role in probe.needs}),
-    }
+    with np.errstate(all="ignore"):
+        damaged = {
+            "nan": _times(trace, nan),
+            "infinite": replace(_times(trace, inf), attention=_overflown(trace.attention)),
+            "zero": _times(trace, 0.0),
+            "missing": restrict(trace, {role: frozenset() for role in probe.needs}),
+        }
     for kind, broken in damaged.items():
         try:
             with np.errstate(all="ignore"):
