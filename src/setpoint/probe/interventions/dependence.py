@@ -14,12 +14,12 @@ from typing import ClassVar
 
 import torch
 
-from setpoint.probe.base import Intervention, Subject, number
+from setpoint.probe.base import Intervention, Subject
 from setpoint.probe.interventions.hooks import caught, edited
 from setpoint.probe.interventions.massive import Entry, group_means, massive_entries, set_entries
-from setpoint.probe.interventions.outcome import Bench, Change, Outcome, perplexity
+from setpoint.probe.interventions.outcome import Bench, Change, Outcome, level
 from setpoint.probe.massive import MassiveActivation, Run
-from setpoint.types import Finding, Tap, Trace
+from setpoint.types import Finding, Tap, Task, Trace
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class MassiveDependence(Intervention):
         return [f for f in found if f is not None]
 
     def _deepened(
-        self, subject: Subject, bench: Bench, run: Run, finding: Finding, tap: Tap, task: str
+        self, subject: Subject, bench: Bench, run: Run, finding: Finding, tap: Tap, task: Task
     ) -> Finding | None:
         entries = self._entries(subject, bench, run, tap)
         if not any(entries):
@@ -124,23 +124,22 @@ def _reported(
     mean: Outcome | None,
     control: Outcome,
     channel: int,
-    task: str,
+    task: Task,
     noticeable: float,
 ) -> Finding:
     relies = zero.rise > noticeable
-    fixed = mean is not None and mean.rise <= noticeable
+    constant = mean is not None and mean.rise <= noticeable
     if zero.before is None:
-        said = f" Setting it to zero {zero.words(task)}"
-    elif task == "language-model":
-        said = f" Perplexity {number(perplexity(zero.before))} becomes {zero.words(task).split()[-1]} when it is zero"
+        said = f" The output moves by {zero.figure(task)} when it is zero"
     else:
-        said = f" Loss {number(zero.before)} becomes {zero.words(task).split()[-1]} when it is zero"
+        name = "Perplexity" if task == "language-model" else "Loss"
+        said = f" {name} {level(zero.before, task)} becomes {zero.figure(task)} when it is zero"
     if mean is not None:
-        said += f", {_last(mean, task)} when it is its mean over other sequences"
-    said += f", {_last(control, task)} when channel {channel} is zeroed there instead (a control)."
+        said += f", {mean.figure(task)} when it is its mean over other sequences"
+    said += f", {control.figure(task)} when channel {channel} of the same tokens is zero instead (a control)."
     verdict = (
-        " This model relies on it as on a fixed bias: the value matters, not what is in it."
-        if relies and fixed
+        " This model relies on it, but only as on a constant: its mean does as well."
+        if relies and constant
         else " This model relies on it."
         if relies
         else " This model does not rely on it."
@@ -154,11 +153,6 @@ def _reported(
         "relies": "yes" if relies else "no",
     }
     return replace(finding, evidence=finding.evidence + said + verdict, numbers=numbers)
-
-
-def _last(outcome: Outcome, task: str) -> str:
-    words = outcome.words(task)
-    return f"it {words}" if outcome.before is None else words.split()[-1]
 
 
 def _figures(name: str, outcome: Outcome) -> dict[str, float | int | str]:

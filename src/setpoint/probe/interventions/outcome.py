@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from setpoint.probe.base import Subject, number, percent
+from setpoint.probe.base import Subject, percent
 from setpoint.surgery.tape import tensors_of
+from setpoint.types import Task
 
 Change = Callable[[int], AbstractContextManager[Any]]
 """``change(index)`` opens the context in which the changed pass of batch ``index`` runs."""
@@ -39,13 +40,21 @@ class Outcome:
         """Rise of the loss in nats, or the output's relative change when there is no loss."""
         return self.moved if self.before is None or self.after is None else self.after - self.before
 
-    def words(self, task: str) -> str:
-        """The state after the change in words."""
-        if self.before is None or self.after is None:
-            return f"moves the output by {percent(self.moved)}"
-        if task == "language-model":
-            return f"perplexity {number(perplexity(self.after))}"
-        return f"loss {number(self.after)}"
+    def figure(self, task: Task) -> str:
+        """The state after the change: perplexity, loss, or how far the output moved."""
+        return percent(self.moved) if self.after is None else level(self.after, task)
+
+
+def level(loss: float, task: Task) -> str:
+    """A loss for a person to read: as perplexity for a language model, in nats otherwise.
+
+    >>> level(2.0, "language-model"), level(15.0, "language-model"), level(2.0, "encoder")
+    ('7.39', '3.27e+06', '2.000')
+    """
+    if task != "language-model":
+        return f"{loss:.3f}"
+    value = perplexity(loss)
+    return f"{value:.2f}" if value < 1000 else f"{value:.3g}"
 
 
 def perplexity(loss: float) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from setpoint.probe.base import Intervention, Subject, listed, number, percent, profile, range_words
 from setpoint.probe.idle import IdleLayers
-from setpoint.probe.interventions.hooks import edited
+from setpoint.probe.interventions.hooks import caught, edited
 from setpoint.probe.interventions.outcome import Bench, Outcome
 from setpoint.types import Block, Finding, Severity, Tap, Trace
 
@@ -60,6 +60,15 @@ def _passed_on(model: nn.Module, source: Tap, target: Tap) -> Iterator[None]:
         yield
 
 
+def _reshaping(subject: Subject, blocks: Sequence[Block]) -> set[int]:
+    """Indices of the blocks whose output has another shape than their input: those can't be left out."""
+    taps = [tap for b in blocks for tap in (b.input, b.output) if tap is not None]
+    with torch.no_grad(), caught(subject.model, taps) as tensors:
+        subject.forward(subject.model, subject.batches[0])
+        shapes = {tap: tensor.shape for tap, tensor in tensors.items()}
+    return {b.index for b in blocks if b.input in shapes and b.output in shapes and shapes[b.input] != shapes[b.output]}
+
+
 @dataclass(frozen=True)
 class BlockRemoval(Intervention):
     """Leaves each block out in turn. ``warning`` when at least ``share`` of them cost next to nothing, else ``info``.
@@ -87,7 +96,8 @@ class BlockRemoval(Intervention):
     def __call__(self, subject: Subject, trace: Trace) -> list[Finding]:
         """One finding for all blocks."""
         blocks: Sequence[Block] = subject.anatomy.blocks
-        ways = [(b, way) for b in blocks if (way := bypass(subject.model, b)) is not None]
+        reshaping = _reshaping(subject, blocks)
+        ways = [(b, way) for b in blocks if b.index not in reshaping and (way := bypass(subject.model, b)) is not None]
         if len(ways) < 3:
             return []
         bench = Bench(subject, subject.batches[: self.batches])
