@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from setpoint.errors import InputError
-from setpoint.loading.quiet import require
+from setpoint.extras import require
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from setpoint.errors import InputError
+from setpoint.extras import require
 from setpoint.loading.gguf_file import GGUFFile
-from setpoint.loading.quiet import quiet, require
+from setpoint.loading.quiet import quiet
 from setpoint.loading.wording import few, one_line
 
 _ROOT_NAMES = {

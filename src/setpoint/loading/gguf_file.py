@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from setpoint.errors import InputError
-from setpoint.loading.quiet import require
+from setpoint.extras import require
 
 _SCALARS = {
     0: struct.Struct("<B"),
@@ -141,6 +141,12 @@ class _Parser:
         self.path, self.view, self.size, self.at = path, view, size, 4
 
     def parse(self) -> GGUFFile:
+        try:
+            return self.header()
+        except RecursionError as error:
+            raise self.damaged("its metadata is nested without end") from error
+
+    def header(self) -> GGUFFile:
         version = self.scalar(_UINT32)
         if version not in (2, 3):
             raise InputError(f"{self.path} is GGUF version {version}; versions 2 and 3 (little endian) can be read")

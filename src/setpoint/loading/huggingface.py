@@ -15,8 +15,9 @@ import torch
 
 from setpoint.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from setpoint.errors import InputError
+from setpoint.extras import require
 from setpoint.loading.pickles import read_pickle
-from setpoint.loading.quiet import quiet, require
+from setpoint.loading.quiet import quiet
 from setpoint.loading.tasks import forward_for, task_of
 from setpoint.loading.wording import few, one_line
 from setpoint.types import Loaded
@@ -154,7 +155,7 @@ def _stored_types(path: Path) -> set[str]:
             types = {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is truncated or damaged: {one_line(error)}") from error
-    return {spelled.get(kind, kind) for kind in types}
+    return {spelled.get(kind, kind) for kind in types if "F" in kind}  # counters and masks are integers
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -233,8 +234,8 @@ def _tokenizer(folder: Path, model: Any, trust_code: bool) -> Any:
     except ImportError as error:
         raise InputError(f"the tokenizer of {folder} needs a library: {one_line(error)}") from error
     except Exception as error:  # the tokenizers library raises bare Exception
-        name = own if own.is_file() else folder
-        raise InputError(f"{name} holds no tokenizer that can be read: {one_line(error)}") from error
+        culprit = own if own.is_file() else folder
+        raise InputError(f"{culprit} holds no tokenizer that can be read: {one_line(error)}") from error
 
 
 def _image_transform(folder: Path, config: dict[str, Any]) -> ImageTransform | None:

@@ -138,5 +138,4 @@ def load_mobilenet(path: Path, dtype: torch.dtype) -> Loaded:
         task="image-classification",
         forward=run,
         source=str(path),
-        notes=("weights are float32",) if dtype == torch.float32 else (f"weights run in {dtype}",),
     )

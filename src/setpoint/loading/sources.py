@@ -12,7 +12,7 @@ from torch import nn
 
 from setpoint.errors import InputError, nearest
 from setpoint.loading import shelf
-from setpoint.loading.factory import from_factory, run
+from setpoint.loading.factory import from_factory
 from setpoint.loading.tasks import forward_for, task_of
 from setpoint.types import Loaded
 
@@ -26,7 +26,7 @@ def load(
     *,
     hub: bool = False,
     trust_code: bool = False,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> Loaded:
     """Load a model as data: nothing in a file is run, and nothing is fetched unless asked for.
@@ -40,10 +40,11 @@ def load(
               ``(model, batches, loss)``; the current directory is importable,
             - the short name of a model that a package ships (`packaged` lists them),
             - a hub id such as ``owner/name``, with ``hub=True`` only,
-            - a `torch.nn.Module`, which is taken as it is, training mode included.
+            - a `torch.nn.Module`, which is taken as it is, training mode included (``device`` and ``dtype`` move and
+              cast it in place, as its own ``to`` does).
         hub: Allow a download from the Hugging Face hub.
         trust_code: Run the model code that a folder or hub repository brings along.
-        device: Where to put the weights.
+        device: Where to put the weights; None for the CPU, or where a given module is.
         dtype: Floating-point type to run in; float32 if None, whatever type is stored.
 
     Returns:
@@ -57,39 +58,45 @@ def load(
     'other'
     """
     if isinstance(source, nn.Module):
-        return _placed(_described(source, source=type(source).__name__), device, dtype)
+        return _placed(_described(source.to(dtype=_dtype(dtype)), type(source).__name__), device)
     if not isinstance(source, str | Path):
         raise TypeError(f"expected a path, a name or a torch.nn.Module, got a {type(source).__name__}")
-    return replace(_open(str(source), hub, trust_code, device, _dtype(dtype)), source=str(source))
+    loaded = _open(str(source), hub, trust_code, _dtype(dtype))
+    return _placed(replace(loaded, source=str(source)), device)
 
 
-def _open(source: str, hub: bool, trust_code: bool, device: str | torch.device, dtype: torch.dtype | None) -> Loaded:
-    path = Path(source).expanduser()
+def _open(source: str, hub: bool, trust_code: bool, dtype: torch.dtype | None) -> Loaded:
+    path, stored = Path(source).expanduser(), dtype or torch.float32
     if source in shelf.packaged() and not path.exists():
-        return _placed(_packaged(source, dtype or torch.float32), device, None)
+        return _packaged(source, stored)
     if path.is_dir():
         from setpoint.loading.huggingface import load_folder
 
-        return _placed(load_folder(path, dtype or torch.float32, trust_code), device, None)
+        return load_folder(path, stored, trust_code)
     if path.is_file():
-        return _placed(_file(path, dtype or torch.float32), device, None)
+        return _file(path, stored)
     if _FACTORY.fullmatch(source):
         model, batches, loss = from_factory(source)
-        loaded = replace(_described(model.eval(), source), batches=batches or None, loss=loss)
-        return _placed(loaded, device, dtype)
-    if _HUB_ID.fullmatch(source) and not source.startswith("."):
-        if not hub:
-            raise InputError(
-                f"{source} is neither a file nor a folder here; to download it from the Hugging Face hub add --hub "
-                f"(in Python: hub=True)"
-            )
+        return replace(_described(model.eval().to(dtype=dtype), source), batches=batches or None, loss=loss)
+    if _HUB_ID.fullmatch(source) and hub:
         from setpoint.loading.huggingface import load_hub
 
-        return _placed(load_hub(source, dtype or torch.float32, trust_code), device, None)
+        return load_hub(source, stored, trust_code)
+    raise _unknown(source)
+
+
+def _unknown(source: str) -> InputError:
     names = shelf.packaged()
+    if Path(source + ".py").is_file():
+        return InputError(f"{source}.py is Python; name the function in it that builds the model: {source}:FUNCTION")
     if re.fullmatch(r"[\w-]+", source):
-        raise InputError(f"no model is called {source!r}; nearest: {', '.join(nearest(source, names))}")
-    raise InputError(
+        return InputError(f"no model is called {source!r}; nearest: {', '.join(nearest(source, names))}")
+    if _HUB_ID.fullmatch(source):
+        return InputError(
+            f"{source} is neither a file nor a folder here; to download it from the Hugging Face hub add --hub "
+            f"(in Python: hub=True)"
+        )
+    return InputError(
         f"{source} does not exist; expected a model folder, a .gguf file, module:factory or one of {', '.join(names)}"
     )
 
@@ -141,14 +148,11 @@ def _described(model: nn.Module, source: str) -> Loaded:
     return Loaded(model=model, processor=None, task=task, forward=forward_for(model), source=source)
 
 
-def _placed(loaded: Loaded, device: str | torch.device, dtype: str | torch.dtype | None) -> Loaded:
-    """The model on its device, cast only if a type was asked for."""
-    wanted = _dtype(dtype)
+def _placed(loaded: Loaded, device: str | torch.device | None) -> Loaded:
+    if device is None:
+        return loaded
     try:
-        target = torch.device(device)
-        if target.type == "cpu" and wanted is None:
-            return loaded
-        return replace(loaded, model=loaded.model.to(target, wanted))
+        return replace(loaded, model=loaded.model.to(torch.device(device)))
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!s} cannot be used: {str(error).splitlines()[0]}") from error
 
@@ -160,6 +164,3 @@ def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"{dtype} is not a floating-point type; expected float32, bfloat16, float16 or float64")
     return found
-
-
-__all__ = ["load", "run"]

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from setpoint.data.images import ImageTransform
 from setpoint.errors import InputError
-from setpoint.loading.quiet import quiet, require
+from setpoint.extras import require
+from setpoint.loading.quiet import quiet
 from setpoint.loading.tasks import forward_for
 from setpoint.loading.wording import few, one_line
 from setpoint.types import Loaded
