@@ -273,7 +273,7 @@ class Sink(nn.Module):
 
 def sink_trace(task: Any = "other") -> Trace:
     record = Record(
-        Site("writer residual", "residual", Tap("writer", "output"), 0),
+        Site("writer residual", "residual", Tap("writer", "output"), 0, module="writer"),
         median=0.67,
         peaks=(Peak(5000.2, 0, 0, 3), Peak(5000.1, 1, 0, 3)),
     )
@@ -283,7 +283,7 @@ def sink_trace(task: Any = "other") -> Trace:
 def test_entry_that_works_as_a_fixed_bias_is_recognised() -> None:
     model, batches = Sink(), [torch.randn(2, 6, 16), torch.randn(2, 6, 16)]
     (finding,) = MassiveDependence()(subject(model, batches, 0), sink_trace())
-    assert finding.id == "massive-activation@writer residual"
+    assert finding.id == "massive-activation@writer"
     assert finding.severity == "info"
     assert finding.numbers["relies"] == "yes"
     assert finding.numbers["zero_moved"] > 0.05

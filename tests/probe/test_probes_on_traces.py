@@ -38,7 +38,7 @@ from setpoint.types import (
 
 
 def site(name: str, role: SiteRole = "residual", block: int | None = None) -> Site:
-    return Site(name, role, Tap(name, "output"), block, module=name)
+    return Site(name, role, Tap(name, "output"), block, module=name.split(" ")[0])
 
 
 def trace_of(*records: Record, **facts: Any) -> Trace:
@@ -195,7 +195,7 @@ def test_massive_activation_is_followed_from_first_to_last_block() -> None:
     assert (worst.numbers["first_block"], worst.numbers["last_block"]) == (11, 27)
     assert worst.value == pytest.approx(23989 / 1.66)
     assert (brief.numbers["first_block"], brief.numbers["last_block"]) == (2, 2)
-    assert worst.id == "massive-activation@layers.11 residual"
+    assert worst.id == "massive-activation@layers.11"
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from setpoint.types import Chart, Finding, Record, Series, Severity, SiteRole, Stat, Trace
+from setpoint.types import Chart, Finding, Record, Series, Severity, Site, SiteRole, Stat, Trace
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -124,6 +124,11 @@ def peak(record: Record) -> float | None:
     sizes = [abs(v) for v in (record.minimum, record.maximum) if v is not None and isfinite(v)]
     sizes += [abs(p.value) for p in record.peaks[:1] if isfinite(p.value)]
     return max(sizes, default=None)
+
+
+def place(site: Site) -> str:
+    """A site's part of a finding's id: its module, without blanks, so that it can be typed at a shell."""
+    return site.module or site.name.replace(" ", ".")
 
 
 def known(value: float | None) -> bool:

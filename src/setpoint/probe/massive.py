@@ -13,7 +13,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
-from setpoint.probe.base import Needs, Probe, known, listed, number, peak, profile, range_words, spans, stream
+from setpoint.probe.base import Needs, Probe, known, listed, number, peak, place, profile, range_words, spans, stream
 from setpoint.types import Chart, Finding, Peak, Record, Severity, Stat, Trace
 
 FLOAT16_MAX = 65504.0
@@ -134,17 +134,17 @@ class MassiveActivation(Probe):
         at_risk = abs(run.worst.value) > self.headroom * FLOAT16_MAX
         severity: Severity = "warning" if at_risk else "info"
         blocks = range(run.first, run.last + 1)
-        sites = [r.site.name for r in records if r.site.block in blocks]
+        held = [r.site for r in records if r.site.block in blocks]
         also = f" (also channel{'s' if len(run.channels) > 2 else ''} {listed(run.channels[1:])})"
         risk = f" That is {number(abs(run.worst.value) / FLOAT16_MAX)} of float16's range." if at_risk else ""
         return self.finding(
-            f"{sites[0]}" if sites else f"block {run.first}",
+            place(held[0]),
             severity,
             value=run.ratio,
             unit="x median",
             threshold=self.relative,
             source="Owen et al., 2025 · arXiv 2503.22329: |h| > 100 and > 1000 x the median",
-            sites=sites,
+            sites=[site.name for site in held],
             evidence=f"Channel {run.worst.channel}{also if len(run.channels) > 1 else ''} reaches "
             f"{number(run.worst.value)} at token {listed(run.tokens[:5])} in {range_words(blocks)}: "
             f"{number(run.ratio)} times the median {number(run.median)} (largest after block {run.block}).{risk}",

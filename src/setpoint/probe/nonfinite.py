@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
-from setpoint.probe.base import Needs, Probe, listed, percent
+from setpoint.probe.base import Needs, Probe, listed, percent, place
 from setpoint.types import Finding, SiteRole, Stat, Trace
 
-_EVERYWHERE: tuple[SiteRole, ...] = ("embedding", "residual", "branch", "norm", "hidden", "convolution", "logits")
+_EVERYWHERE: tuple[SiteRole, ...] = ("embedding", "residual", "norm", "hidden", "convolution", "logits")
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class NonFinite(Probe):
             behind = f"; {len(hit) - 1} of the {len(trace.records)} measured places carry them" if len(hit) > 1 else ""
             found.append(
                 self.finding(
-                    first.site.name,
+                    place(first.site),
                     "error",
                     value=first.non_finite,
                     unit="values",

@@ -23,7 +23,7 @@ FLOAT16_MAX = 65504.0
 FLOAT8_E4M3_MAX = 448.0
 INT8_LEVELS = 127
 
-_CARRIED: tuple[SiteRole, ...] = ("embedding", "residual", "branch", "hidden", "convolution", "norm", "logits")
+_CARRIED: tuple[SiteRole, ...] = ("embedding", "residual", "hidden", "convolution", "norm", "logits")
 _READ: tuple[SiteRole, ...] = ("norm", "hidden", "convolution")
 
 
