@@ -1,0 +1,185 @@
+"""From a chart in data form to a Vega-Lite specification.
+
+Colours, fonts and backgrounds are left out: the page sets them from its theme, so that one specification serves light
+and dark. A value that is missing or not finite, or that a logarithmic axis can't show, leaves a gap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import altair as alt
+
+from setpoint.report.wording import number
+from setpoint.types import Chart, Series
+
+HEIGHT = 220
+ROW = 13
+"""Height of one row of a heat map, in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """A drawing for the page.
+
+    Args:
+        id: Unique in the page.
+        title: Heading, with the unit.
+        description: What the picture shows, for those who don't see it.
+        spec: Vega-Lite, data included.
+        wide: Whether it wants the whole width.
+    """
+
+    id: str
+    title: str
+    description: str
+    spec: dict[str, Any]
+    wide: bool
+
+
+def draw(chart: Chart, name: str, labels: Mapping[float, str] | None = None) -> Figure:
+    """Turn a chart into a figure.
+
+    Args:
+        chart: What to draw.
+        name: The figure's id.
+        labels: Name of the site at each x, for the tooltip.
+
+    Returns:
+        The figure, as wide as its container.
+
+    >>> from setpoint.types import Series
+    >>> figure = draw(Chart("profile", "rms", "block", "rms", (Series("rms", (0, 1), (0.5, None)),)), "f0")
+    >>> figure.description
+    'Line chart, rms over block. rms: 0.5 at 0.'
+    """
+    # Vega puts axis titles into expressions, where a line separator is a syntax error.
+    chart = replace(chart, x=" ".join(chart.x.split()), y=" ".join(chart.y.split()))
+    heat = chart.kind == "heatmap"
+    rows = _rows(chart, labels or {})
+    picture = _heatmap(chart) if heat else _profile(chart, labelled=bool(labels))
+    spec = picture.properties(data=alt.NamedData(name), width="container").to_dict()
+    for key in ("$schema", "config"):  # the page knows the version and has its own theme
+        spec.pop(key, None)
+    spec["datasets"] = {name: rows}
+    spec["description"] = describe(chart)
+    return Figure(name, chart.title, spec["description"], spec, wide=heat and _across(chart) > 20)
+
+
+def describe(chart: Chart) -> str:
+    """A chart in words: its axes, and each series with where it starts, ends and peaks."""
+    if chart.kind == "heatmap":
+        cells = [
+            (y, x, s.name) for s in chart.series for x, y in zip(s.x, s.y, strict=True) if _shown(y, chart) is not None
+        ]
+        text = f"Heat map, {chart.x} across and {chart.y} down."
+        if cells:
+            top, x, row = max(cells, key=lambda cell: cell[0] or 0)
+            text += f" Highest {number(top)} at {chart.x} {x:g}, {chart.y} {row}."
+        return text
+    parts = [words for s in chart.series[:8] if (words := _describe(s, chart))]
+    return " ".join([f"Line chart, {chart.y} over {chart.x}.", *parts])
+
+
+def _describe(series: Series, chart: Chart) -> str:
+    points = [(x, y) for x, y in zip(series.x, series.y, strict=True) if _shown(y, chart) is not None and y is not None]
+    if not points:
+        return ""
+    (x0, y0), (x1, y1) = points[0], points[-1]
+    if len(points) == 1:
+        return f"{series.name}: {number(y0)} at {x0:g}."
+    top = max(points, key=lambda point: point[1])
+    return f"{series.name}: {number(y0)} at {x0:g} to {number(y1)} at {x1:g}, highest {number(top[1])} at {top[0]:g}."
+
+
+def _rows(chart: Chart, labels: Mapping[float, str]) -> list[dict[str, Any]]:
+    rows = []
+    for series in chart.series:
+        for x, y in zip(series.x, series.y, strict=True):
+            row: dict[str, Any] = {"x": int(x) if float(x).is_integer() else x, "y": _shown(y, chart), "s": series.name}
+            if x in labels:
+                row["at"] = labels[x]
+            rows.append(row)
+    return rows
+
+
+def _shown(value: float | None, chart: Chart) -> float | None:
+    if value is None or not math.isfinite(value) or (chart.log and value <= 0):
+        return None
+    return float(f"{value:.5g}")
+
+
+def _profile(chart: Chart, *, labelled: bool) -> alt.LayerChart:
+    several = len(chart.series) > 1
+    threshold = None if chart.threshold is None else _shown(chart.threshold, chart)
+    colour = alt.Color("s:N", title=None, sort=None, legend=alt.Legend(orient="top")) if several else alt.Undefined
+    base = alt.Chart().encode(x=_depth_axis(chart), y=_value_axis(chart, threshold), color=colour)
+    tooltip = [alt.Tooltip("x:Q", title=chart.x), alt.Tooltip("y:Q", title=chart.y, format=".4~g")]
+    tooltip += [alt.Tooltip("s:N", title="line")] if several else []
+    tooltip += [alt.Tooltip("at:N", title="site")] if labelled else []
+    hover = alt.selection_point(name="hover", nearest=True, on="pointerover", clear="pointerout", empty=False)
+    layers = [
+        base.mark_line(),
+        base.mark_point(filled=True, size=14, opacity=0.9),  # also what is left of a value between two gaps
+        base.mark_point(filled=True, size=60)
+        .encode(tooltip=tooltip, opacity=alt.condition(hover, alt.value(1), alt.value(0)))
+        .add_params(hover),
+    ]
+    if threshold is not None:
+        layers.insert(0, alt.Chart().mark_rule(style="threshold").encode(y=alt.datum(threshold)))
+    return alt.layer(*layers).properties(height=HEIGHT)
+
+
+def _depth_axis(chart: Chart) -> alt.X:
+    # Before block 0 stands the embedding.
+    label = "datum.value < 0 ? 'in' : format(datum.value, '~r')"
+    axis = alt.Axis(tickMinStep=1, labelExpr=label, grid=False)
+    return alt.X("x:Q", title=chart.x, axis=axis, scale=alt.Scale(nice=False))
+
+
+def _value_axis(chart: Chart, threshold: float | None) -> alt.Y:
+    values = [v for s in chart.series for y in s.y if (v := _shown(y, chart)) is not None]
+    values += [threshold] if threshold is not None else []
+    size = max(map(abs, values), default=1.0)
+    label = "datum.value == 0 || inrange(abs(datum.value), [0.001, 99999]) ? format(datum.value, '~r') : "
+    label += "format(datum.value, '~e')"
+    if not chart.log:
+        return alt.Y("y:Q", title=chart.y, scale=alt.Scale(zero=size < 1), axis=alt.Axis(tickCount=5, labelExpr=label))
+    ticks = _log_ticks(min(values, default=1.0), size)
+    return alt.Y("y:Q", title=chart.y, scale=alt.Scale(type="log"), axis=alt.Axis(values=ticks, labelExpr=label))
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Powers of ten, at most about six; over less than two decades also their doubles and fives."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    steps = (1, 2, 5) if math.log10(high / low) < 2 else (1,)
+    every = max(1, round((last - first) / 6))
+    return [float(f"{step}e{power}") for power in range(first, last + 1, every) for step in steps]
+
+
+def _heatmap(chart: Chart) -> alt.Chart:
+    scale = alt.Scale(type="log") if chart.log else alt.Scale()
+    legend = alt.Legend(title=None, orient="top", gradientLength=180, format="~s" if chart.log else "~r", tickCount=4)
+    axis = {"labelOverlap": True, "ticks": False, "domain": False, "labelAngle": 0, "labelLimit": 140}
+    return (
+        alt.Chart()
+        .mark_rect()
+        .encode(
+            x=alt.X("x:O", title=chart.x, sort=None, axis=alt.Axis(**axis)),
+            y=alt.Y("s:O", title=chart.y, sort=None, axis=alt.Axis(**axis)),
+            color=alt.Color("y:Q", scale=scale, legend=legend),
+            tooltip=[
+                alt.Tooltip("x:O", title=chart.x),
+                alt.Tooltip("s:O", title=chart.y),
+                alt.Tooltip("y:Q", title="value", format=".4~g"),
+            ],
+        )
+        .properties(height=max(ROW * len(chart.series), 5 * ROW))
+    )
+
+
+def _across(chart: Chart) -> int:
+    return max((len(s.x) for s in chart.series), default=0)

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import pytest
+from rich.console import Console
+
+from setpoint.report import Report
+
+
+def printed(what: object, width: int, *, colour: bool = False) -> str:
+    file = io.StringIO()
+    Console(file=file, width=width, force_terminal=colour, color_system="truecolor" if colour else None).print(what)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("width", [40, 80, 120, 200])
+def test_every_finding_and_remedy_is_printed_within_the_width(report: Report, width: int) -> None:
+    text = printed(report, width)
+    assert max(map(len, text.splitlines())) <= width
+    joined = "".join(text.split())
+    for finding in report.findings:
+        assert finding.code in joined or width == 40
+        assert all(remedy.key in joined or width == 40 for remedy in finding.remedies)
+    assert "1 error, 1 warning, 1 info" in text
+
+
+def test_the_worst_finding_comes_first(report: Report) -> None:
+    text = printed(report, 100)
+    assert text.index("variance-growth") < text.index("massive-activation") < text.index("attention-saturation")
+
+
+def test_a_pipe_gets_no_colour_codes_and_a_terminal_does(report: Report) -> None:
+    assert "\x1b" not in printed(report, 80)
+    assert "\x1b[" in printed(report, 80, colour=True)
+
+
+def test_the_heading_names_model_size_and_data(report: Report) -> None:
+    heading = printed(report, 200).splitlines()[0]
+    for fact in (
+        "smollm2",
+        "LlamaForCausalLM",
+        "135M parameters in float32",
+        "2,048 tokens in 4 sequences",
+        "data: default",
+    ):
+        assert fact in heading
+
+
+def test_many_sites_are_named_by_their_blocks(report: Report) -> None:
+    assert "residual of blocks 11–27" in printed(report, 200)
+
+
+def test_a_healthy_model_gets_a_friendly_line(report: Report) -> None:
+    text = printed(replace(report, findings=()), 100)
+    assert "Nothing found: 121 sites measured" in text
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(report: Report) -> None:
+    finding = replace(report.findings[0], sites=("[red]layers.0[/red]",), evidence="[bold]value[/bold] [/nope]")
+    text = printed(replace(report, model=replace(report.model, source="[link=x]m[/]"), findings=(finding,)), 200)
+    for literal in ("[red]layers.0[/red]", "[bold]value[/bold] [/nope]", "[link=x]m[/]"):
+        assert literal in text
