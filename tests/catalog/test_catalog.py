@@ -15,6 +15,7 @@ from setpoint.catalog.reader import parse
 from setpoint.catalog.signature import signature
 from setpoint.errors import InputError
 from setpoint.probe.registry import PROBES, codes
+from setpoint.probe.remedies import literature
 from setpoint.types import Item, Method
 
 TESTS = Path(__file__).parents[1]
@@ -122,3 +123,12 @@ def test_find_takes_a_key_or_an_item() -> None:
     assert find("massive-refined") is find("massive-activation") is methods["massive-refined"]
     with pytest.raises(UnknownMethod, match="no method or item is called 'masive-activation'; the nearest names are m"):
         find("masive-activation")
+
+
+def test_find_names_the_paper_of_a_method_that_is_not_carried() -> None:
+    for paper in literature().values():
+        if paper.key not in methods:
+            with pytest.raises(UnknownMethod) as caught:
+                find(paper.key)
+            assert str(caught.value).startswith(f"{paper.key} is published and not carried by this version")
+            assert paper.arxiv in str(caught.value)

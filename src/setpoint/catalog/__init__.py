@@ -54,6 +54,9 @@ class Catalog(Mapping[str, Method]):
         except KeyError:
             raise UnknownMethod(_unknown("method", key, self._methods)) from None
 
+    def __contains__(self, key: object) -> bool:
+        return key in self._methods  # without composing the message of an error that nobody sees
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._methods)
 
@@ -88,7 +91,8 @@ def find(name: str) -> Method:
         name: A method's key or an item's id; the key wins where both exist.
 
     Raises:
-        UnknownMethod: Nothing is called so; the message names the nearest keys and ids.
+        UnknownMethod: Nothing is called so. The message names the paper if a report may have named it as one that
+            this version does not carry, and the nearest keys and ids otherwise.
 
     >>> find("massive-activation").key
     'massive-refined'
@@ -98,7 +102,7 @@ def find(name: str) -> Method:
     known = items()
     if name in known:
         return known[name][0]
-    raise UnknownMethod(_unknown("method or item", name, [*methods, *known]))
+    raise UnknownMethod(_published(name) or _unknown("method or item", name, [*methods, *known]))
 
 
 def select(kind: Kind | None = None, room: str | None = None, treats: str | None = None) -> tuple[Method, ...]:
@@ -126,6 +130,20 @@ def select(kind: Kind | None = None, room: str | None = None, treats: str | None
         and (room is None or method.room == room or method.room.startswith(room + "/"))
         and (treats is None or treats in method.treats)
     )
+
+
+def _published(key: str) -> str:
+    """What to say of a method that only the literature has; "" if that has not either."""
+    import tomllib  # a report's remedies are looked up one at a time: never on the way to a listing
+
+    text = Path(__file__).with_name("literature.toml").read_text(encoding="utf-8")
+    for paper in tomllib.loads(text)["paper"]:
+        if paper["key"] == key:
+            return (
+                f"{key} is published and not carried by this version: {paper['title']} ({paper['authors']}, "
+                f"{paper['year']}, https://arxiv.org/abs/{paper['arxiv']}) - {paper['does']}"
+            )
+    return ""
 
 
 def _room_parts() -> Iterator[list[str]]:
