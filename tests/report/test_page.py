@@ -286,3 +286,20 @@ def test_the_table_of_sites_sorts_and_filters(page: Path, visit: Visit) -> None:
     assert 'data-first="model.layers.11 residual"' in document
     assert 'data-count="30"' in document
     assert 'aria-sort="descending"' in document
+
+
+@needs_browser
+def test_a_point_under_the_pointer_shows_its_value_and_site(page: Path, visit: Visit) -> None:
+    hover = """
+      const ready = () => document.documentElement.dataset.charts ? point() : setTimeout(ready, 50);
+      function point() {
+        const chart = document.querySelector('[data-figure="profile-0"]');
+        const points = chart.querySelectorAll(".mark-symbol path[aria-roledescription=point]");
+        points[points.length - 1].dispatchEvent(new PointerEvent("pointermove", { bubbles: true }));
+      }
+      ready();"""
+    document, _ = visit(with_script(page, hover))
+    tooltip = document.rpartition('id="vg-tooltip-element"')[2]
+    for words in ("block", "magnitude", "median", "model.layers.29 residual"):
+        assert words in tooltip
+    assert "undefined" not in tooltip

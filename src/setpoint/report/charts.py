@@ -13,6 +13,7 @@ from typing import Any
 
 import altair as alt
 
+from setpoint.report.profiles import EMBEDDING
 from setpoint.report.wording import number
 from setpoint.types import Chart, Series
 
@@ -120,12 +121,13 @@ def _profile(chart: Chart, *, labelled: bool) -> alt.LayerChart:
     tooltip = [alt.Tooltip("x:Q", title=chart.x), alt.Tooltip("y:Q", title=chart.y, format=".4~g")]
     tooltip += [alt.Tooltip("s:N", title="line")] if several else []
     tooltip += [alt.Tooltip("at:N", title="site")] if labelled else []
-    hover = alt.selection_point(name="hover", nearest=True, on="pointerover", clear="pointerout", empty=False)
+    # Not `nearest=True`: Vega-Lite 6.4 then leaves the names in the tooltip undefined.
+    hover = alt.selection_point(name="hover", on="pointerover", clear="pointerout", empty=False)
     layers = [
         base.mark_line(),
         base.mark_point(filled=True, size=14, opacity=0.9),  # also what is left of a value between two gaps
-        base.mark_point(filled=True, size=60)
-        .encode(tooltip=tooltip, opacity=alt.condition(hover, alt.value(1), alt.value(0)))
+        base.mark_point(filled=True, size=280)
+        .encode(tooltip=tooltip, opacity=alt.condition(hover, alt.value(0.25), alt.value(0)))
         .add_params(hover),
     ]
     if threshold is not None:
@@ -134,10 +136,13 @@ def _profile(chart: Chart, *, labelled: bool) -> alt.LayerChart:
 
 
 def _depth_axis(chart: Chart) -> alt.X:
-    # Before block 0 stands the embedding.
-    label = "datum.value < 0 ? 'in' : format(datum.value, '~r')"
-    axis = alt.Axis(tickMinStep=1, labelExpr=label, grid=False)
-    return alt.X("x:Q", title=chart.x, axis=axis, scale=alt.Scale(nice=False))
+    axis: dict[str, Any] = {"tickMinStep": 1, "grid": False}
+    xs = [x for s in chart.series for x in s.x]
+    if min(xs, default=0) == EMBEDDING:
+        step = next(n for n in (1, 2, 5, 10, 20, 50, 100) if max(xs) <= 10 * n or n == 100)
+        axis["values"] = [EMBEDDING, *range(0 if step == 1 else step, int(max(xs)) + 1, step)]
+        axis["labelExpr"] = "datum.value < 0 ? 'in' : format(datum.value, '~r')"
+    return alt.X("x:Q", title=chart.x, axis=alt.Axis(**axis), scale=alt.Scale(nice=False))
 
 
 def _value_axis(chart: Chart, threshold: float | None) -> alt.Y:
@@ -163,7 +168,14 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _heatmap(chart: Chart) -> alt.Chart:
     scale = alt.Scale(type="log") if chart.log else alt.Scale()
     legend = alt.Legend(title=None, orient="top", gradientLength=180, format="~s" if chart.log else "~r", tickCount=4)
-    axis = {"labelOverlap": True, "ticks": False, "domain": False, "labelAngle": 0, "labelLimit": 140}
+    axis = {
+        "labelOverlap": True,
+        "labelSeparation": 4,
+        "ticks": False,
+        "domain": False,
+        "labelAngle": 0,
+        "labelLimit": 140,
+    }
     return (
         alt.Chart()
         .mark_rect()

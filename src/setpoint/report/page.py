@@ -16,6 +16,7 @@ import jinja2
 import vl_convert
 from markupsafe import Markup
 
+import setpoint
 from setpoint.errors import InputError
 from setpoint.report import wording
 from setpoint.report.charts import Figure, draw
@@ -66,6 +67,7 @@ def render(report: Report) -> str:
             rows=_rows(report),
             settings={key: _setting(value) for key, value in settings.items()},
             words=wording,
+            version=setpoint.__version__,
         )
     )
 

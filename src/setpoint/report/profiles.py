@@ -18,7 +18,7 @@ CHANNELS_SHOWN = 48
 """A heat map keeps this many channels, those with the largest magnitudes."""
 
 EMBEDDING = -1.0
-"""Where the embedding stands on a block axis."""
+"""Where the embedding stands on a block axis: before block 0."""
 
 Measure = Callable[[Record], "float | None"]
 
