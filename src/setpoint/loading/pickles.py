@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from pathlib import Path
 
 import torch
@@ -27,12 +28,15 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        if "Unsupported" in str(error) or "GLOBAL" in str(error):
-            raise InputError(
-                f"{path} is refused: it pickles Python objects, not only tensors, and reading those would run code; "
-                f"save model.state_dict() with safetensors instead"
-            ) from error
-        raise InputError(f"{path} is not a file of weights, or is damaged: {one_line(error)}") from error
+        # torch's message is an essay; the unpickler's own sentence in it tells code from damage.
+        reason = str(error).partition("WeightsUnpickler error:")[2].strip() or str(error)
+        if damage := re.match(r"Unsupported operand|Invalid|.*magic", reason):
+            raise InputError(f"{path} is not a file of weights, or is damaged: {damage.group()}") from error
+        named = re.search(r"GLOBAL (\S+)", reason)
+        raise InputError(
+            f"{path} is refused: it pickles {named[1] if named else 'Python objects'}, not only tensors, and reading "
+            f"that would run code; save model.state_dict() with safetensors instead"
+        ) from error
     except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         raise InputError(f"{path} is truncated or damaged: {one_line(error)}") from error
     if isinstance(state, nn.Module) or not isinstance(state, dict):

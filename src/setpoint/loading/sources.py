@@ -66,6 +66,8 @@ def load(
 
 
 def _open(source: str, hub: bool, trust_code: bool, dtype: torch.dtype | None) -> Loaded:
+    if not source.strip():
+        raise InputError(f"expected a model, got an empty name; packaged models are {', '.join(shelf.packaged())}")
     path, stored = Path(source).expanduser(), dtype or torch.float32
     if source in shelf.packaged() and not path.exists():
         return _packaged(source, stored)
