@@ -15,7 +15,7 @@ import pytest
 
 from setpoint.errors import InputError
 from setpoint.report import ModelInfo, Report, diff
-from setpoint.report.charts import describe, draw
+from setpoint.report.charts import describe, draw, short_names
 from setpoint.report.page import render
 from setpoint.report.profiles import profiles
 from setpoint.types import Chart, Series, Trace
@@ -223,6 +223,24 @@ def test_what_can_not_be_drawn_leaves_a_gap() -> None:
     chart = Chart("profile", "t", "block", "y", (Series("s", (0, 1, 2, 3), (1.0, None, math.inf, -2.0)),), log=True)
     assert [row["y"] for row in draw(chart, "f").spec["datasets"]["f"]] == [1.0, None, None, None]
     assert json.dumps(draw(chart, "f").spec, allow_nan=False)
+
+
+def test_rows_of_a_heat_map_are_named_by_what_differs() -> None:
+    assert short_names(["a.layers.3 residual", "a.layers.12 residual"]) == ["3", "12"]
+    assert short_names(["embed embedding", "layers.0 residual", "layers.1 residual"]) == [
+        "embed embedding",
+        "layers.0 residual",
+        "layers.1 residual",
+    ]
+    assert short_names(["h.0.ln_1 norm", "h.0.ln_2 norm"]) == ["ln_1", "ln_2"]
+    assert short_names(["0", "1"]) == ["0", "1"]
+    assert short_names(["only"]) == ["only"]
+    assert short_names([]) == []
+
+
+def test_a_line_without_values_is_not_in_the_legend() -> None:
+    chart = Chart("profile", "t", "block", "y", (Series("a", (0, 1), (1.0, 2.0)), Series("b", (0, 1), (None, None))))
+    assert {row["s"] for row in draw(chart, "f").spec["datasets"]["f"]} == {"a"}
 
 
 def test_a_chart_is_described_by_its_numbers() -> None:

@@ -7,7 +7,8 @@ and dark. A value that is missing or not finite, or that a logarithmic axis can'
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -60,6 +61,12 @@ def draw(chart: Chart, name: str, labels: Mapping[float, str] | None = None) -> 
     # Vega puts axis titles into expressions, where a line separator is a syntax error.
     chart = replace(chart, x=" ".join(chart.x.split()), y=" ".join(chart.y.split()))
     heat = chart.kind == "heatmap"
+    if heat:
+        names = short_names([series.name for series in chart.series])
+        chart = replace(chart, series=tuple(replace(s, name=n) for s, n in zip(chart.series, names, strict=True)))
+    else:  # a line without a value would only stand in the legend
+        shown = tuple(s for s in chart.series if any(_shown(y, chart) is not None for y in s.y))
+        chart = replace(chart, series=shown)
     rows = _rows(chart, labels or {})
     picture = _heatmap(chart) if heat else _profile(chart, labelled=bool(labels))
     spec = picture.properties(data=alt.NamedData(name), width="container").to_dict()
@@ -83,6 +90,19 @@ def describe(chart: Chart) -> str:
         return text
     parts = [words for s in chart.series[:8] if (words := _describe(s, chart))]
     return " ".join([f"Line chart, {chart.y} over {chart.x}.", *parts])
+
+
+def short_names(names: Sequence[str]) -> list[str]:
+    """Names of sites without the words that all of them begin or end with.
+
+    >>> short_names(["model.layers.3 residual", "model.layers.12 residual"])
+    ['3', '12']
+    """
+    words = [re.findall(r"[^. ]+[. ]?", name) for name in names]
+    shortest = min(map(len, words), default=0) - 1
+    head = next((i for i in range(max(shortest, 0)) if len({w[i] for w in words}) > 1), max(shortest, 0))
+    tail = next((i for i in range(shortest - head) if len({w[-1 - i] for w in words}) > 1), max(shortest - head, 0))
+    return ["".join(w[head : len(w) - tail]).rstrip(". ") for w in words]
 
 
 def _describe(series: Series, chart: Chart) -> str:

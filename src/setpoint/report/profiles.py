@@ -196,8 +196,9 @@ def _maker(group: str, points: list[tuple[float, Record]], x: str) -> Callable[.
 
 
 def _series(name: str, points: list[tuple[float, Record]], measure: Measure, *, log: bool) -> Series:
-    values = [measure(record) for _, record in points]
-    return Series(name, tuple(x for x, _ in points), _positive(values) if log else _finite(values))
+    measured = [(x, value) for x, record in points if (value := measure(record)) is not None]
+    values = [value for _, value in measured]
+    return Series(name, tuple(x for x, _ in measured), _positive(values) if log else _finite(values))
 
 
 def _spread(blocks: list[float], heads: list[np.ndarray]) -> tuple[Series, ...]:
