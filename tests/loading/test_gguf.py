@@ -155,8 +155,11 @@ def test_another_family_goes_through_the_general_converter(
     assert capfd.readouterr() == ("", "")
 
 
-def test_weights_can_run_in_another_type(gguf_file: Callable[..., Path]) -> None:
+def test_weights_can_run_in_another_type_without_a_word(
+    gguf_file: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
     loaded = setpoint.load(gguf_file(), dtype="bfloat16")
+    assert capfd.readouterr() == ("", "")
     assert {p.dtype for p in loaded.model.parameters()} == {torch.bfloat16}
     assert "dequantized to bfloat16" in loaded.notes[0]
 

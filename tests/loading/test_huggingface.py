@@ -105,13 +105,22 @@ def test_loading_is_silent_and_restores_what_it_silenced(folder: Folder, capfd: 
 
 
 def test_loading_opens_no_connection(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any, **keywords: Any) -> None:
-        raise AssertionError("a connection was opened")
+    opened = []
 
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        opened.append(arguments)
+        raise OSError("no network in this test")
+
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert "HF_HUB_OFFLINE" in os.environ  # transformers reads it once; without it the calls below would still refuse
-    setpoint.load(folder("llama"))
+    path = folder("llama")
+    with pytest.raises(InputError, match="could not be downloaded"):
+        setpoint.load("someone/some-model", hub=True)
+    assert opened  # so the trap works
+    opened.clear()
+    setpoint.load(path)
+    assert not opened
 
 
 def test_stored_half_precision_is_widened_and_said(folder: Folder) -> None:

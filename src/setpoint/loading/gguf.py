@@ -74,7 +74,7 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any, tuple[str, ...]
     with quiet():
         model = _llama(file, dtype) if _is_plain_llama(file) else _converted(file, dtype)
         tokenizer = _byte_level_tokenizer(file) if _is_plain_byte_level(file) else _converted_tokenizer(file)
-    return model.eval(), tokenizer, (describe_weights(file, dtype),)
+    return model.eval(), tokenizer, (describe_weights(file, dtype), *_not_applied(file))
 
 
 def describe_weights(file: GGUFFile, dtype: torch.dtype) -> str:
@@ -107,6 +107,14 @@ def describe_weights(file: GGUFFile, dtype: torch.dtype) -> str:
     return f"weights are {bits.group() if bits else main}-bit ({', '.join(parts)}), dequantized to {target}"
 
 
+def _not_applied(file: GGUFFile) -> list[str]:
+    """What the file asks for and the general converter passes over in silence."""
+    scaled = "rope_freqs.weight" in file.tensors or any(".rope.scaling." in key for key in file.metadata)
+    if not scaled or file.architecture == "gpt-oss":
+        return []
+    return ["the rotary scaling that the file asks for is not applied; figures for long inputs are off"]
+
+
 def _kind(name: str) -> Any:
     return require("gguf.constants", "hf", "to read GGUF files").GGMLQuantizationType[name]
 
@@ -117,8 +125,11 @@ def _kind(name: str) -> Any:
 
 def _is_plain_llama(file: GGUFFile) -> bool:
     """Whether every tensor and rotary setting is one that `_llama` understands."""
+    heads = file.metadata.get("llama.attention.head_count") or 1
+    head_dim = file.metadata.get("llama.attention.key_length", file.metadata.get("llama.embedding_length", 0) // heads)
     return (
         file.architecture == "llama"
+        and file.metadata.get("llama.rope.dimension_count", head_dim) == head_dim
         and all(name in _ROOT_NAMES or _BLOCK_TENSOR.fullmatch(name) for name in file.tensors)
         and not any(".rope.scaling." in key for key in file.metadata)
     )
