@@ -21,6 +21,8 @@ from setpoint.types import Chart, Series
 HEIGHT = 220
 ROW = 13
 """Height of one row of a heat map, in pixels."""
+CELL = 32
+"""Width of its cells where they are too few to fill the page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ def draw(chart: Chart, name: str, labels: Mapping[float, str] | None = None) -> 
         chart = replace(chart, series=shown)
     rows = _rows(chart, labels or {})
     picture = _heatmap(chart) if heat else _profile(chart, labelled=bool(labels))
-    spec = picture.properties(data=alt.NamedData(name), width="container").to_dict()
+    width = alt.Step(CELL) if heat and _across(chart) <= 10 else "container"
+    spec = picture.properties(data=alt.NamedData(name), width=width).to_dict()
     for key in ("$schema", "config"):  # the page knows the version and has its own theme
         spec.pop(key, None)
     spec["datasets"] = {name: rows}

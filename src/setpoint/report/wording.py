@@ -135,14 +135,14 @@ def by_time(finding: Finding) -> tuple[list[Remedy], list[Remedy]]:
     return [r for r in finding.remedies if r.when == "now"], [r for r in finding.remedies if r.when == "training"]
 
 
-def arxiv(reference: str) -> str | None:
-    """The arXiv number in a reference, if it has one.
+def arxiv(reference: str) -> tuple[str, str, str]:
+    """A reference as the text before its arXiv number, the number ("" if there is none), and the text after.
 
-    >>> arxiv("Sun et al., 2024 · arXiv 2402.17762"), arxiv("IEEE 754")
-    ('2402.17762', None)
+    >>> arxiv("Sun et al., 2024 · arXiv 2402.17762, table 1"), arxiv("IEEE 754")
+    (('Sun et al., 2024 · ', '2402.17762', ', table 1'), ('IEEE 754', '', ''))
     """
     match = _ARXIV.search(reference)
-    return match.group(1) if match else None
+    return (reference[: match.start()], match.group(1), reference[match.end() :]) if match else (reference, "", "")
 
 
 def title(code: str) -> str:
