@@ -9,14 +9,36 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from setpoint.probe.interventions.massive import attention_sink_mass, intervene, massive_activations
+    from setpoint.probe.interventions.sparsity import ppl_sparsity, sparse_ffn
     from setpoint.probe.recorder import CHEAP, Recorder, record
 
-__all__ = ["CHEAP", "Recorder", "record"]
+__all__ = [
+    "CHEAP",
+    "Recorder",
+    "attention_sink_mass",
+    "intervene",
+    "massive_activations",
+    "ppl_sparsity",
+    "record",
+    "sparse_ffn",
+]
+
+_HOME = {
+    "CHEAP": "recorder",
+    "Recorder": "recorder",
+    "record": "recorder",
+    "attention_sink_mass": "interventions.massive",
+    "intervene": "interventions.massive",
+    "massive_activations": "interventions.massive",
+    "ppl_sparsity": "interventions.sparsity",
+    "sparse_ffn": "interventions.sparsity",
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name in __all__:
-        return getattr(import_module("setpoint.probe.recorder"), name)
+    if name in _HOME:
+        return getattr(import_module(f"setpoint.probe.{_HOME[name]}"), name)
     raise AttributeError(f"module 'setpoint.probe' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 
