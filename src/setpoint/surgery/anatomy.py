@@ -1,0 +1,278 @@
+"""What a model is made of, read from one forward pass instead of a table of class names.
+
+`Anatomy.trace` runs one batch, writes down every operation with the module that made it (`setpoint.surgery.tape`), and
+reads roles from the result: what writes to the residual stream, which norm feeds which weights, what is attention and
+what is feed-forward. What it can't read it lists in ``unread``, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from setpoint.surgery import tape as tapes
+from setpoint.surgery.branches import Addition, find_additions, find_chains, read_branches
+from setpoint.surgery.graph import Graph, bit
+from setpoint.surgery.norms import find_norms, find_uses, reaches, site
+from setpoint.surgery.ops import is_known
+from setpoint.surgery.tape import Call, Forward, Value
+from setpoint.types import AttentionSite, Block, Branch, Chain, NormSite, Projection, Site, Tap, Unread, Writer
+
+if TYPE_CHECKING:
+    from rich.tree import Tree
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Anatomy:
+    """The parts of a model, by role.
+
+    Args:
+        blocks: Units of depth in order of execution.
+        norms: Name -> norm with everything that reads it.
+        chains: Convolution -> norm -> activation.
+        attention: Attention cores in order of execution; `AttentionSite.call_index` counts them: every
+            ``scaled_dot_product_attention``, and every softmax whose result weighs values.
+        writers: Weights whose output is added to the residual stream, embeddings included.
+        embeddings: Tables that are looked up.
+        head: The last weight after the last block, None if there is none.
+        tied: Groups of parameter names that share one tensor.
+        unread: What could not be read, and why.
+        structure: Words for what the model has, as listed at `setpoint.types.Trace`.
+        taps: Where the stream enters the first block and where the logits leave.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        >>> model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> anatomy = Anatomy.trace(model, torch.randn(1, 5, 8))
+        >>> anatomy.blocks[0].placement, sorted(anatomy.feeds["layers.0.norm2"])
+        ('pre', ['layers.0.linear1'])
+    """
+
+    blocks: tuple[Block, ...]
+    norms: Mapping[str, NormSite]
+    chains: tuple[Chain, ...]
+    attention: tuple[AttentionSite, ...]
+    writers: tuple[Writer, ...]
+    embeddings: tuple[Projection, ...]
+    head: Projection | None
+    tied: tuple[tuple[str, ...], ...]
+    unread: tuple[Unread, ...]
+    structure: frozenset[str]
+    taps: Mapping[str, Tap | None] = field(default_factory=dict)
+
+    @property
+    def feeds(self) -> Mapping[str, frozenset[str]]:
+        """Norm name -> names of the weight-carrying modules that read it."""
+        return {name: norm.feeds for name, norm in self.norms.items()}
+
+    @classmethod
+    def trace(cls, model: nn.Module, batch: Any, *, forward: Forward | None = None) -> Anatomy:
+        """Run one batch and read the model from what happened; the model is as before afterwards.
+
+        Args:
+            model: Any module; compiled and data-parallel wrappers are looked through.
+            batch: A tensor (the only argument), a tuple or list (positional) or a mapping (keywords).
+            forward: ``forward(model, batch)``, if calling takes more than the batch.
+
+        Raises:
+            setpoint.errors.InputError: A fully sharded model.
+        """
+        model = tapes.unwrap(model)
+        with tapes.untouched(model):
+            tape = tapes.record(model, batch, forward)
+            return _read(model, Graph(tape))
+
+    def sites(self) -> tuple[Site, ...]:
+        """The places worth measuring, in order of execution within each role."""
+        from setpoint.surgery.sites import sites_of
+
+        return sites_of(self)
+
+    def tree(self) -> Tree:
+        """The model as a tree of roles; equal neighbours are folded into one entry."""
+        from setpoint.surgery.tree import tree_of
+
+        return tree_of(self)
+
+
+def _read(model: nn.Module, graph: Graph) -> Anatomy:
+    reads = find_norms(graph)
+    additions = find_additions(graph)
+    final = next((v for v in graph.tape.outputs if v.floating), None)
+    for addition, following in zip(additions, [*additions[1:], None], strict=True):
+        later = following.stream if following is not None else final
+        addition.branches = read_branches(graph, addition, later, reads)
+        if following is None:
+            addition.branches = _without_final_norm(addition.branches, additions)
+    calls: dict[str, int] = {}
+    for read in reads:
+        calls[read.name] = calls.get(read.name, 0) + 1
+    norms: dict[str, NormSite] = {}
+    for name in calls:
+        own = [read for read in reads if read.name == name]
+        uses = [use for read in own for use in find_uses(graph, read, reads)]
+        norms[name] = site(own[0], uses, calls[name])
+    blocks = _blocks(graph, additions)
+    chains = _chains(graph, reads)
+    embeddings = _embeddings(graph)
+    head, logits = _head(graph, additions, final)
+    attention = tuple(b.attention for block in blocks for b in block.branches if b.attention is not None)
+    writers = [Writer(projection, None, "embedding") for projection in embeddings]
+    writers += [
+        Writer(b.writer, block.index, b.role) for block in blocks for b in block.branches if b.writer is not None
+    ]
+    taps = {
+        "stream": blocks[0].input if blocks else None,
+        "logits": graph.tap(logits) if logits is not None else None,
+    }
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    shared_modules = {name for name, _ in model.named_modules()}
+    tied = tuple(tuple(group) for group in names.values() if len(group) > 1)
+    anatomy = Anatomy(
+        blocks,
+        norms,
+        chains,
+        attention,
+        tuple(writers),
+        embeddings,
+        head,
+        tied,
+        _unread(model, graph, shared_modules),
+        frozenset(),
+        taps,
+    )
+    object.__setattr__(anatomy, "structure", _structure(anatomy))
+    return anatomy
+
+
+def _without_final_norm(branches: list[Branch], additions: list[Addition]) -> list[Branch]:
+    """Behind the last addition a norm is part of the block only if the others have one there too."""
+    before = [branch for addition in additions[:-1] for branch in addition.branches]
+    if any(branch.after_norms for branch in before) or not (before or any(b.input_norms for b in branches)):
+        return branches
+    return [replace(branch, after_norms=()) for branch in branches]
+
+
+# blocks --------------------------------------------------------------------------------------------------------------
+
+
+def _blocks(graph: Graph, additions: list[Addition]) -> tuple[Block, ...]:
+    groups: list[list[Addition]] = []
+    for addition in additions:
+        roles = {branch.role for branch in addition.branches}
+        seen = {branch.role for one in groups[-1] for branch in one.branches} if groups else set()
+        if not groups or roles & seen or _shared([*groups[-1], addition]) is None:
+            groups.append([])
+        groups[-1].append(addition)
+    blocks = []
+    for index, group in enumerate(groups):
+        owner = _shared(group)
+        name = owner.name if owner is not None else group[0].node.call.name
+        last = group[-1]
+        branches = tuple(branch for addition in group for branch in addition.branches)
+        result = _result(graph, owner, last)
+        start = graph.tap(group[0].source)
+        blocks.append(Block(index, name, branches, start, graph.tap(result), owner.ordinal if owner is not None else 0))
+    return tuple(blocks)
+
+
+def _shared(group: list[Addition]) -> Call | None:
+    """The innermost module call that holds all additions of a group; None if that is the whole model and more."""
+    chains = [list(addition.node.call.ancestors()) for addition in group]
+    return next((call for call in chains[0] if all(call in chain for chain in chains[1:])), None)
+
+
+def _result(graph: Graph, owner: Call | None, last: Addition) -> Value:
+    """The stream after a block: what its module returns if that is the sum, else the sum or the norm behind it."""
+    for value in owner.outputs if owner is not None and owner.name else ():
+        if value.floating and reaches(graph, last.output, value) and value.tensor.shape == last.output.tensor.shape:
+            return value
+    return last.output
+
+
+# the rest ------------------------------------------------------------------------------------------------------------
+
+
+def _chains(graph: Graph, reads: list[Any]) -> tuple[Chain, ...]:
+    found = find_chains(graph, reads)
+    chains = []
+    for chain in found:
+        following = [
+            weight.node.call.name
+            for weight in graph.weights.values()
+            if weight.source is not None and reaches(graph, chain.output, weight.source)
+        ]
+        projection = chain.weight.projection()
+        chains.append(Chain(projection, chain.norm, chain.activation, graph.tap(chain.output), tuple(following[:8])))
+    return tuple(chains)
+
+
+def _embeddings(graph: Graph) -> tuple[Projection, ...]:
+    found: dict[str, Projection] = {}
+    for node in graph.tape.nodes:
+        if node.op.startswith("embedding"):
+            for value in map(graph.root, node.inputs):
+                if value.kind == "parameter":
+                    found.setdefault(node.call.name, Projection(node.call.name, value.name, "", 1))
+    return tuple(found.values())
+
+
+def _head(graph: Graph, additions: list[Addition], final: Value | None) -> tuple[Projection | None, Value | None]:
+    if final is None:
+        return None, None
+    weight = graph.last_weight(final)
+    if weight is None or (additions and not graph.ancestors[weight.node.outputs[0].index] & bit(additions[-1].output)):
+        return None, None
+    return weight.projection(), weight.node.outputs[0]
+
+
+def _unread(model: nn.Module, graph: Graph, names: set[str]) -> tuple[Unread, ...]:
+    found = [Unread(name, reason) for name, reason in graph.tape.opaque]
+    opaque = {name for name, _ in graph.tape.opaque}
+    called = {call.name for call in graph.tape.calls}
+    used = {value.name for node in graph.tape.nodes for value in map(graph.root, node.inputs) if value.name}
+    quiet: list[str] = []
+    for name, module in model.named_modules():
+        own = [f"{name}.{key}" if name else key for key, _ in module.named_parameters(recurse=False)]
+        if name in called or not own or used & set(own) or any(name == q or name.startswith(f"{q}.") for q in quiet):
+            continue
+        if any(name.startswith(f"{outer}.") for outer in opaque):
+            continue
+        quiet.append(name)
+        found.append(Unread(name, "never called in this pass"))
+    for node in graph.tape.nodes:
+        if node.op in ("opaque", "alias_write") or is_known(node.op):
+            continue
+        if any(graph.root(value).kind == "parameter" for value in node.inputs):
+            found.append(
+                Unread(node.call.name, f"the op {node.op} takes a parameter and its meaning is not known here")
+            )
+    return tuple(dict.fromkeys(part for part in found if part.name in names))
+
+
+def _structure(anatomy: Anatomy) -> frozenset[str]:
+    words = {f"{norm.kind}-norm" for norm in anatomy.norms.values()}
+    words |= {branch.role for block in anatomy.blocks for branch in block.branches}
+    words |= {block.placement for block in anatomy.blocks if block.placement in ("pre", "post", "peri", "output")}
+    if anatomy.attention:
+        words.add("attention")
+    if any(site.causal for site in anatomy.attention):
+        words.add("causal")
+    if any(branch.feed_forward is not None for block in anatomy.blocks for branch in block.branches):
+        words.add("feed_forward")
+    if anatomy.blocks:
+        words.add("residual")
+    if anatomy.chains:
+        words.add("convolution")
+    if anatomy.head is not None:
+        words.add("head")
+    if anatomy.embeddings:
+        words.add("embedding")
+    return frozenset(words)

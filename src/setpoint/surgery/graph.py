@@ -1,0 +1,272 @@
+"""Questions about a tape: what comes from what, with or without a weight between, and where a tensor can be caught.
+
+Ancestors are kept as bit sets over value numbers. Two sets matter. The *light* ancestors of a value reach it without
+meeting a weight matrix, a convolution or an attention core; the *heavy* ones reach it through at least one weight. A
+residual addition is an ``a + b`` where a light ancestor of ``a`` (or ``a`` itself) is a heavy ancestor of ``b``.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from setpoint.surgery.ops import CONTRACTIONS, CONVOLUTIONS, ELEMENTWISE, MOVES, NORMS
+from setpoint.surgery.tape import Call, Node, Tape, Value, tensors_of
+from setpoint.types import Projection, Tap
+
+
+@dataclass(slots=True, eq=False)
+class Weight:
+    """A contraction with a parameter: the node, the parameter, and which of its axes meets the input."""
+
+    node: Node
+    parameter: Value
+    input_axis: int
+    output_axis: int
+    bias: str
+    source: Value | None
+
+    @property
+    def is_convolution(self) -> bool:
+        """Whether it is a convolution with a window."""
+        return self.node.op in CONVOLUTIONS and any(size > 1 for size in self.parameter.tensor.shape[2:])
+
+    def projection(self, rows: range | tuple[int, ...] | None = None) -> Projection:
+        """As the contract type."""
+        return Projection(self.node.call.name, self.parameter.name, self.bias, self.output_axis, rows)
+
+
+class Graph:
+    """A tape with its ancestors, weights and taps worked out."""
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.readers: dict[int, list[Node]] = defaultdict(list)
+        self.weights: dict[int, Weight] = {}  # by the number of the output value
+        self.ancestors: dict[int, int] = {}
+        self.light: dict[int, int] = {}
+        self.heavy: dict[int, int] = {}
+        self.signal = 0  # values that depend on what the model is fed, unlike rotary tables and masks
+        self.cores: list[Node] = []
+        for node in tape.nodes:
+            for value in dict.fromkeys(node.inputs):
+                self.readers[value.index].append(node)
+        for node in tape.nodes:
+            self._enter(node)
+        self._taps: dict[int, list[tuple[Call, Tap]]] = defaultdict(list)
+        for call in tape.calls:
+            for index, value in enumerate(call.outputs):
+                self._taps[id(value.tensor)].append((call, Tap(call.name, "output", index, call.ordinal)))
+        for call in tape.calls:
+            for index, value in enumerate(call.inputs):
+                self._taps[id(value.tensor)].append((call, Tap(call.name, "input", index, call.ordinal)))
+
+    def _enter(self, node: Node) -> None:
+        weight = self._weight(node)
+        core = self.is_core(node)
+        if core:
+            self.cores.append(node)
+        opaque = weight is not None or core or node.op in CONTRACTIONS or node.op.startswith("embedding")
+        ancestors = light = heavy = 0
+        for value in node.inputs:
+            if value.kind in ("parameter", "buffer"):
+                continue
+            own = 1 << value.index
+            above = self.ancestors.get(value.index, 0) | own
+            ancestors |= above
+            heavy |= above if weight is not None else self.heavy.get(value.index, 0)
+            if not opaque and value.floating:
+                light |= self.light.get(value.index, 0) | own
+        fed = any(v.floating and (v.kind == "input" or self.signal & bit(v)) for v in node.inputs)
+        for value in node.outputs:
+            if value.floating and (fed or weight is not None or node.op.startswith("embedding")):
+                self.signal |= bit(value)
+            self.ancestors[value.index] = ancestors
+            self.light[value.index] = light
+            self.heavy[value.index] = heavy
+            if weight is not None:
+                self.weights[value.index] = weight
+
+    # weights ---------------------------------------------------------------------------------------------------------
+
+    def root(self, value: Value) -> Value:
+        """The parameter behind a view or cast of it, or the value itself."""
+        while value.kind == "op" and value.producer is not None and value.producer.op in MOVES:
+            if not value.producer.inputs:
+                break
+            value = value.producer.inputs[0]
+        return value
+
+    def _weight(self, node: Node) -> Weight | None:
+        if node.op not in CONTRACTIONS:
+            return None
+        found = [(seen, self.root(seen)) for seen in node.inputs]
+        matrices = [(seen, root) for seen, root in found if root.kind == "parameter" and root.tensor.dim() >= 2]
+        sources = [seen for seen, root in found if root.kind != "parameter" and seen.floating]
+        if not matrices or not sources:
+            return None
+        seen, root = matrices[0]
+        axes = (1, 0) if node.op == "linear" or node.op in CONVOLUTIONS else (seen.tensor.dim() - 2, -1)
+        if node.op.startswith("conv_transpose"):
+            axes = (0, 1)
+        into, out = (axis % seen.tensor.dim() for axis in axes)
+        into, out = self._axis(seen, root, into), self._axis(seen, root, out)
+        biases = [r.name for _, r in found if r.kind == "parameter" and r.tensor.dim() == 1]
+        return Weight(node, root, into, out, biases[0] if biases else "", sources[0])
+
+    def _axis(self, seen: Value, root: Value, axis: int) -> int:
+        """Carry an axis of a view back to its parameter, through transposes and indexing of leading axes."""
+        value = seen
+        while value is not root and value.producer is not None:
+            above = value.producer.inputs[0]
+            if value.producer.op in ("t", "T", "mT", "transpose", "mH", "H", "adjoint"):
+                dim = value.tensor.dim()
+                if axis >= dim - 2:
+                    axis = 2 * dim - 3 - axis
+            axis += above.tensor.dim() - value.tensor.dim()
+            value = above
+        return axis
+
+    def is_core(self, node: Node) -> bool:
+        """Whether a node is where an attention attends: fused, or a softmax whose rows then weigh the values."""
+        if node.op == "scaled_dot_product_attention":
+            return True
+        if node.op != "softmax" or not node.outputs or node.outputs[0].tensor.dim() < 3:
+            return False
+        weighed = [node.outputs[0]]
+        while weighed:
+            value = weighed.pop()
+            for reader in self.readers[value.index]:
+                if reader.op in ("matmul", "einsum", "baddbmm") and self._weight(reader) is None:
+                    return True
+                if reader.op in MOVES or reader.op == "mul":
+                    weighed.extend(reader.outputs)
+        return False
+
+    def last_weight(self, value: Value, below: int = 0) -> Weight | None:
+        """The latest weight that a value comes from with no other weight or core between; descends from ``below``."""
+        reach = self.light.get(value.index, 0) | 1 << value.index
+        for index in sorted(self.weights, reverse=True):
+            if index <= value.index and reach >> index & 1 and (not below or self.ancestors[index] & below):
+                return self.weights[index]
+        return None
+
+    def next_weight(self, value: Value) -> Weight | None:
+        """The first weight that reads a value, with no weight or core between."""
+        ahead, seen = [value], {value.index}
+        while ahead:
+            current = ahead.pop(0)
+            for node in self.readers[current.index]:
+                for output in node.outputs:
+                    if output.index in self.weights:
+                        return self.weights[output.index]
+                    if output.index not in seen and node not in self.cores:
+                        seen.add(output.index)
+                        ahead.append(output)
+        return None
+
+    # rows of fused weights -------------------------------------------------------------------------------------------
+
+    def rows(self, weight: Weight, value: Value) -> range | tuple[int, ...] | None:
+        """Output indices of a weight that end up in ``value``; None for all of them, or where it can't be followed.
+
+        The ops between are replayed on a tensor that holds each feature's number.
+        """
+        total = weight.parameter.tensor.shape[weight.output_axis]
+        made = weight.node.outputs[0].tensor
+        if weight.node.op in CONVOLUTIONS or made.shape[-1] != total:
+            return None
+        known: dict[int, Tensor | None] = {
+            weight.node.outputs[0].index: torch.arange(total).expand(made.shape).contiguous()
+        }
+        numbers = self._numbers(value, known)
+        if numbers is None:
+            return None
+        rows = sorted(set(numbers.flatten().tolist()))
+        if len(rows) == total:
+            return None
+        return range(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else tuple(rows)
+
+    def _numbers(self, value: Value, known: dict[int, Tensor | None]) -> Tensor | None:
+        if value.index in known:
+            return known[value.index]
+        known[value.index] = None
+        node = value.producer
+        if node is None:
+            return None
+        if node.op in MOVES and node.func is not None:
+            known[value.index] = self._replay(node, value, known)
+        elif node.op in ELEMENTWISE or node.op in NORMS:
+            for above in node.inputs:
+                numbers = self._numbers(above, known)
+                if numbers is not None and numbers.shape == value.tensor.shape:
+                    known[value.index] = numbers
+                    break
+        return known[value.index]
+
+    def _replay(self, node: Node, value: Value, known: dict[int, Tensor | None]) -> Tensor | None:
+        by_tensor = {id(above.tensor): self._numbers(above, known) for above in node.inputs}
+        if all(numbers is None for numbers in by_tensor.values()):
+            return None
+
+        def put(tree: Any) -> Any:
+            if isinstance(tree, Tensor):
+                numbers = by_tensor.get(id(tree))
+                return tree if numbers is None and not tree.is_floating_point() else numbers
+            if isinstance(tree, list | tuple):
+                return type(tree)(kept for kept in map(put, tree) if kept is not None or tree is None)
+            return tree
+
+        if node.op in ("dropout", "to", "float", "type", "type_as", "contiguous", "clone", "detach"):
+            return next((n for n in by_tensor.values() if n is not None), None)
+        try:
+            args = [put(a) if isinstance(a, Tensor | list | tuple) else a for a in node.args]
+            made = tensors_of(node.func(*args, **{name: put(a) for name, a in node.kwargs.items()}))
+        except (RuntimeError, TypeError, IndexError, ValueError):
+            return None
+        place = [output.index for output in node.outputs].index(value.index)
+        return made[place] if place < len(made) else None
+
+    # taps ------------------------------------------------------------------------------------------------------------
+
+    def taps(self, value: Value) -> Iterator[tuple[Call, Tap]]:
+        """Where hooks can catch a value: outputs before inputs, the outermost module last."""
+        seen = self._taps.get(id(value.tensor), [])
+        yield from (found for found in seen if found[1].side == "output")
+        yield from (found for found in seen if found[1].side == "input")
+
+    def tap(self, value: Value | None, inside: str | None = None) -> Tap | None:
+        """The first tap of a value; with ``inside``, that of the module of this name if it has one."""
+        if value is None:
+            return None
+        found = list(self.taps(value))
+        for call, tap in found:
+            if inside is not None and call.name == inside:
+                return tap
+        for reader in self.readers[value.index] if not found else ():
+            if reader.op in MOVES and reader.outputs:
+                for _, tap in self.taps(reader.outputs[0]):
+                    return tap
+        return found[0][1] if found else None
+
+
+def bit(value: Value) -> int:
+    """The bit set that holds one value."""
+    return 1 << value.index
+
+
+def members(bits: int) -> Iterator[int]:
+    """Numbers in a bit set, ascending.
+
+    >>> list(members(0b1011))
+    [0, 1, 3]
+    """
+    while bits:
+        low = bits & -bits
+        yield low.bit_length() - 1
+        bits ^= low

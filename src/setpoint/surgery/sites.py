@@ -1,0 +1,57 @@
+"""The places of a model that are worth measuring, as hooks can reach them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from setpoint.types import Site, SiteRole, Tap
+
+if TYPE_CHECKING:
+    from setpoint.surgery.anatomy import Anatomy
+
+
+def sites_of(anatomy: Anatomy) -> tuple[Site, ...]:
+    """Embedding, residual, branch, hidden, attention, convolution, norm and logits sites of a model."""
+    found: list[Site] = []
+    names: set[str] = set()
+
+    def add(place: str, role: SiteRole, tap: Tap | None, block: int | None, module: str, axis: int = -1) -> None:
+        if tap is None:
+            return
+        name, count = f"{place} {role}".strip(), 2
+        while name in names:
+            name = f"{place}@{count} {role}".strip()
+            count += 1
+        names.add(name)
+        found.append(Site(name, role, tap, block, axis, module))
+
+    images = {chain.convolution.module for chain in anatomy.chains}
+    spatial = bool(images) and "attention" not in anatomy.structure
+    axis = 1 if spatial else -1
+    add("", "embedding", anatomy.taps.get("stream"), None, "", axis)
+    cores = iter(anatomy.attention)
+    for block in anatomy.blocks:
+        place = block.name or f"block {block.index}"
+        for branch in block.branches:
+            writer = branch.writer.module if branch.writer is not None else block.name
+            if branch.attention is not None:
+                core = next(cores)
+                inside = Tap(core.name, "input", 0, block.call)
+                add(core.name or place, "attention", inside, block.index, core.name)
+            if branch.feed_forward is not None and branch.role == "feed_forward":
+                hidden = branch.feed_forward.hidden
+                add(branch.feed_forward.name or place, "hidden", hidden, block.index, branch.feed_forward.name)
+            add(writer or place, "branch", branch.writes, block.index, writer, axis)
+        add(place, "residual", block.output, block.index, block.name, axis)
+    for chain in anatomy.chains:
+        module = chain.convolution.module
+        owner = next((b.index for b in anatomy.blocks if b.name and module.startswith(f"{b.name}.")), None)
+        add(module, "convolution", chain.output, owner, module, 1)
+    for norm in anatomy.norms.values():
+        if "#" not in norm.name:
+            channel = 1 if norm.kind in ("batch", "group", "instance") else -1
+            owner = next((b.index for b in anatomy.blocks if b.name and norm.name.startswith(f"{b.name}.")), None)
+            add(norm.name, "norm", Tap(norm.name, "output"), owner, norm.name, channel)
+    if anatomy.head is not None:
+        add(anatomy.head.module, "logits", anatomy.taps.get("logits"), None, anatomy.head.module)
+    return tuple(found)

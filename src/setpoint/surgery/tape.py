@@ -1,0 +1,412 @@
+"""One forward pass, written down.
+
+A tape is a list of *nodes* (one per operation), *values* (one per tensor, or per version of a tensor that is written
+in place) and *calls* (one per module call). It is recorded by a ``TorchFunctionMode`` that sees every call into torch
+before it is dispatched, and by forward hooks that know which module is running.
+
+Two things need care. Functions written in Python (``F.layer_norm``, ``F.multi_head_attention_forward``) hand
+themselves to the mode whole; `open_composites` lets their bodies run, so that the mode sees what they are made of.
+And tensors are recognised by identity, so the tape holds every one of them until it is dropped: trace a small batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from setpoint.errors import InputError
+from setpoint.surgery.ops import NO_VALUE, plain_name, raw_name, writes_in_place
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Run one batch the usual way: a mapping as keywords, a tuple or list as positions, anything else as it is."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def tensors_of(*trees: Any) -> list[Tensor]:
+    """Every tensor in nested tuples, lists, mappings and dataclasses, in order; `Tap.index` counts these.
+
+    >>> [t.item() for t in tensors_of({"a": torch.tensor(1), "b": (torch.tensor(2), None)}, torch.tensor(3))]
+    [1, 2, 3]
+    """
+    found: list[Tensor] = []
+    for tree in trees:
+        if isinstance(tree, Tensor):
+            found.append(tree)
+        elif isinstance(tree, tuple | list):
+            found.extend(tensors_of(*tree))
+        elif isinstance(tree, Mapping):
+            found.extend(tensors_of(*tree.values()))
+        elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+            found.extend(tensors_of(*(getattr(tree, f.name) for f in dataclasses.fields(tree))))
+    return found
+
+
+@dataclass(slots=True, eq=False)
+class Value:
+    """A tensor at one moment: what a node made of it, or a parameter, buffer, input or constant."""
+
+    index: int
+    tensor: Tensor
+    kind: str
+    name: str = ""
+    producer: Node | None = None
+    floating: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One operation: its plain name, the call that made it, and the values that went in and came out."""
+
+    op: str
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    inputs: list[Value]
+    outputs: list[Value]
+    call: Call
+    in_place: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """One call of a module; ``ordinal`` counts the calls of the same module from 0."""
+
+    name: str
+    module: nn.Module | None
+    ordinal: int
+    parent: Call | None
+    inputs: list[Value] = field(default_factory=list)
+    outputs: list[Value] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    children: list[Call] = field(default_factory=list)
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def ancestors(self) -> Iterator[Call]:
+        """This call and those around it, innermost first."""
+        call: Call | None = self
+        while call is not None:
+            yield call
+            call = call.parent
+
+
+class Tape(TorchFunctionMode):
+    """Records one forward pass of ``model``; use `record`, which also leaves the model as it was."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.values: list[Value] = []
+        self.nodes: list[Node] = []
+        self.calls: list[Call] = []
+        self.outputs: list[Value] = []
+        self.opaque: list[tuple[str, str]] = []
+        self._known: dict[int, Value] = {}
+        self._names: dict[Any, str] = {}
+        self._counts: dict[str, int] = {}
+        self._top = Call("", None, 0, None)
+        self._stack: list[Call] = [self._top]
+        for kind, named in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+            for name, tensor in named:
+                self._add(tensor, kind, name)
+
+    # values ----------------------------------------------------------------------------------------------------------
+
+    def _add(self, tensor: Tensor, kind: str, name: str = "", producer: Node | None = None) -> Value:
+        value = Value(len(self.values), tensor, kind, name, producer, tensor.is_floating_point() or tensor.is_complex())
+        self.values.append(value)
+        self._known[id(tensor)] = value
+        return value
+
+    def value_of(self, tensor: Tensor, kind: str = "constant") -> Value:
+        """The current value of a tensor; one that was never seen is entered as ``kind``."""
+        return self._known.get(id(tensor)) or self._add(tensor, kind)
+
+    # operations ------------------------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run the call and write it down."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        raw = self._names.get(func)
+        if raw is None:
+            raw = self._names[func] = raw_name(func)
+        if raw in NO_VALUE or (raw == "requires_grad_"):
+            return result
+        changed = self._changed(raw, args, kwargs)
+        outputs = [result] if isinstance(result, Tensor) else [] if result is None else tensors_of(result)
+        if not outputs and changed is None:
+            return result
+        self._enter(plain_name(raw), func, args, kwargs, outputs, changed)
+        return result
+
+    def _changed(self, raw: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+        out = kwargs.get("out")
+        if isinstance(out, Tensor):
+            return out
+        if kwargs.get("inplace") is True or (writes_in_place(raw) and args and isinstance(args[0], Tensor)):
+            return args[0] if args and isinstance(args[0], Tensor) else None
+        return None
+
+    def _enter(
+        self,
+        op: str,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        outputs: list[Tensor],
+        changed: Tensor | None,
+    ) -> None:
+        inputs = [self.value_of(t) for t in tensors_of(args, kwargs)]
+        fresh = [t for t in outputs if id(t) not in self._known]
+        if changed is not None and all(t is not changed for t in fresh):
+            fresh.insert(0, changed)
+        if not fresh:  # for example dropout in eval mode: the same tensor comes back
+            return
+        call = self._stack[-1]
+        node = Node(op, func, args, kwargs, inputs, [], call, changed is not None)
+        shared = self._aliases(changed) if changed is not None else []
+        node.outputs = [self._add(t, "op", producer=node) for t in fresh]
+        self.nodes.append(node)
+        call.nodes.append(node)
+        for old in shared:
+            alias = Node("alias_write", None, (), {}, [old, node.outputs[0]], [], call, True)
+            alias.outputs = [self._add(old.tensor, "op", producer=alias)]
+            self.nodes.append(alias)
+            call.nodes.append(alias)
+
+    def _aliases(self, changed: Tensor) -> list[Value]:
+        """Current values of other tensors in the memory that an in-place op just wrote."""
+        try:
+            storage = changed.untyped_storage()._cdata
+            return [
+                value
+                for value in list(self._known.values())
+                if value.kind in ("op", "input")
+                and value.tensor is not changed
+                and value.tensor.untyped_storage()._cdata == storage
+            ]
+        except (
+            NotImplementedError,
+            RuntimeError,
+        ):  # a tensor subclass or layout without storage has no aliases to find
+            return []
+
+    # module calls ----------------------------------------------------------------------------------------------------
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            ordinal = self._counts.get(name, 0)
+            self._counts[name] = ordinal + 1
+            call = Call(name, module, ordinal, self._stack[-1], args=args, kwargs=kwargs)
+            call.inputs = [self.value_of(t, "input") for t in tensors_of(args, kwargs)]
+            self._stack[-1].children.append(call)
+            self._stack.append(call)
+            self.calls.append(call)
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            while len(self._stack) > 1:
+                call = self._stack.pop()
+                if call.module is module:
+                    break
+            else:
+                return
+            made = tensors_of(output)
+            unseen = [t for t in made if id(t) not in self._known]
+            if unseen and any(v.floating for v in call.inputs):
+                node = Node("opaque", None, args, kwargs, list(call.inputs), [], call)
+                own = [v for v in self.values if v.kind == "parameter" and _inside(v.name, name)]
+                node.inputs += own
+                node.outputs = [self._add(t, "op", producer=node) for t in unseen]
+                self.nodes.append(node)
+                call.nodes.append(node)
+                self.opaque.append((name, "its output comes from code that runs outside torch's Python calls"))
+            call.outputs = [self.value_of(t) for t in made]
+
+        return hook
+
+    def attach(self) -> list[RemovableHandle]:
+        """Hook every module; the handles take the hooks off again."""
+        handles: list[RemovableHandle] = []
+        scripted: list[str] = []
+        for name, module in self.model.named_modules():
+            if any(_inside(name, outer) for outer in scripted):
+                continue
+            if isinstance(module, torch.jit.ScriptModule):
+                scripted.append(name)
+            handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(self._after(name), with_kwargs=True, always_call=True))
+        return handles
+
+
+def _inside(name: str, outer: str) -> bool:
+    return outer == "" or name == outer or name.startswith(outer + ".")
+
+
+# leaving the model as it was -----------------------------------------------------------------------------------------
+
+_PYTHON_WRAPPERS = ("torch.nn.functional", "torch.functional", "torch._tensor", "torch.nn.modules.activation")
+_CHECKS = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+
+
+@contextmanager
+def open_composites() -> Iterator[None]:
+    """Let torch functions written in Python run their bodies in this thread instead of handing themselves over.
+
+    With a ``TorchFunctionMode`` active, ``F.multi_head_attention_forward`` reaches the mode as one call and what it
+    does inside is never seen. Within this context its ``linear``, ``softmax`` and so on reach the mode one by one.
+    """
+    owner = threading.get_ident()
+    replaced: list[tuple[Any, str, Any]] = []
+
+    def quiet(original: Callable[..., bool]) -> Callable[..., bool]:
+        def check(*args: Any) -> bool:
+            return threading.get_ident() != owner and original(*args)
+
+        return check
+
+    try:
+        for module_name in _PYTHON_WRAPPERS:
+            module = sys.modules[module_name]
+            for check in _CHECKS:
+                original = module.__dict__.get(check)
+                if original is not None:
+                    setattr(module, check, quiet(original))
+                    replaced.append((module, check, original))
+        yield
+    finally:
+        for module, check, original in replaced:
+            setattr(module, check, original)
+
+
+@contextmanager
+def _modes(model: nn.Module) -> Iterator[None]:
+    """Eval mode by the flags alone: an overridden ``train`` may do more than set them."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, training in flags:
+            if training:
+                module.training = False
+        yield
+    finally:
+        for module, training in flags:
+            if module.training != training:
+                module.training = training
+
+
+@contextmanager
+def _buffers(model: nn.Module) -> Iterator[None]:
+    """Put every buffer back, the object and its contents."""
+    kept = [
+        (module, key, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for key, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, key, buffer, copy in kept:
+                if module._buffers.get(key) is not buffer:
+                    module._buffers[key] = buffer
+                if not _same(buffer, copy):
+                    buffer.copy_(copy)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+@contextmanager
+def _random_state() -> Iterator[None]:
+    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _unfused(model: nn.Module) -> Iterator[None]:
+    """Run nn.MultiheadAttention and nn.TransformerEncoderLayer, and compiled modules, as the Python they are."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    with ExitStack() as stack:
+        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` in eval mode without gradients; afterwards modes, buffers and random states are as before."""
+    with _modes(model), _buffers(model), _random_state(), _unfused(model), torch.no_grad():
+        yield
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside ``torch.compile`` and data-parallel wrappers.
+
+    Raises:
+        InputError: For fully sharded models, whose parameters are not those of the network.
+    """
+    while True:
+        if "FullyShardedDataParallel" in type(model).__name__:
+            raise InputError(
+                "expected a plain module, got one wrapped in FullyShardedDataParallel, whose weights are "
+                "flattened; trace the model before it is sharded"
+            )
+        inner = getattr(model, "_orig_mod", None)
+        if isinstance(inner, nn.Module):
+            model = inner
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def record(model: nn.Module, batch: Any, forward: Forward | None = None) -> Tape:
+    """Run one batch and return what happened; the model must be unwrapped and inside `untouched`."""
+    tape = Tape(model)
+    handles = tape.attach()
+    try:
+        with open_composites(), tape:
+            output = (forward or run_batch)(model, batch)
+        tape.outputs = [tape.value_of(t) for t in tensors_of(output)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tape
