@@ -216,7 +216,7 @@ def test_model_without_feed_forward_is_refused_with_what_was_found() -> None:
     class Bare(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.embed = nn.Embedding(20, 8)
+            self.embed = nn.Embedding(400, 8)
 
         def forward(self, ids: Tensor) -> Tensor:
             return self.embed(ids)

@@ -15,7 +15,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from setpoint.probe.base import Needs, Probe, known, number, profile
+from setpoint.probe.base import Needs, Probe, known, number, profile, range_words
 from setpoint.types import Finding, Stat, Trace
 
 
@@ -35,7 +35,8 @@ class GradientImbalance(Probe):
     """Early and late blocks get gradients of very different size. Silent without a loss.
 
     The first and last thirds of the blocks are compared by the geometric mean of their rms gradients: ``warning``
-    beyond ``limit``. A block with no gradient at all while others have one is a ``warning`` too.
+    beyond ``limit``. Blocks whose gradient is exactly zero while others have one are a ``warning`` too; blocks that no
+    gradient reaches, because they are frozen or cut off, are ``info``.
 
     Args:
         limit: Ratio between the ends (setpoint: measured at 1 to 4 on a trained MobileNetV2 and on freshly initialized
@@ -67,22 +68,25 @@ class GradientImbalance(Probe):
         if len(gradients) < self.fewest:
             return []
         alive = {b: g for b, g in gradients.items() if g > 0}
-        silent = [b for b in gradients if b not in alive]
+        dead = [b for b in gradients if b not in alive]
+        unreached = sorted({p.block for p in trace.parameters.values() if p.block is not None} - gradients.keys())
         chart = profile("Rms gradient of each block's parameters", "gradient", {"rms": gradients.items()}, log=True)
         found: list[Finding] = []
-        if silent and alive:
+        if alive and (dead or unreached):
+            blocks = sorted([*dead, *unreached])
             found.append(
                 self.finding(
                     "no-gradient",
-                    "warning",
-                    value=len(silent),
+                    "warning" if dead else "info",
+                    value=len(blocks),
                     unit="blocks",
                     threshold=0,
                     source="a trained block must receive a gradient",
-                    sites=[f"block {b}" for b in silent],
-                    evidence=f"{len(silent)} of {len(gradients)} blocks receive no gradient at all "
-                    f"(the first is block {silent[0]}), while the others do.",
-                    numbers={"blocks": len(silent), "first": silent[0]},
+                    sites=[f"block {b}" for b in blocks],
+                    evidence=f"{len(blocks)} of {len(gradients) + len(unreached)} blocks receive no gradient at all "
+                    f"({range_words(blocks)}): "
+                    + ("it is exactly zero." if dead else "they are frozen, or the stream is detached behind them."),
+                    numbers={"blocks": len(blocks), "first": blocks[0]},
                     chart=chart,
                 )
             )
