@@ -1,0 +1,247 @@
+"""`check`: point it at a network and learn what is wrong with its signals.
+
+One recorded pass over real inputs (`setpoint.probe.record`), every probe over what was recorded, and, if asked for
+with ``deep``, interventions that run passes of their own. The model is as it was afterwards.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from setpoint import __version__
+from setpoint.errors import InputError, nearest
+from setpoint.loading import batches_for, describe_data, load, loss_for
+from setpoint.probe import registry
+from setpoint.probe.base import Subject
+from setpoint.probe.recorder import record
+from setpoint.report import ModelInfo, Report
+from setpoint.surgery import Anatomy
+from setpoint.types import SEVERITIES, Finding, Loaded
+
+if TYPE_CHECKING:
+    from setpoint.probe.base import Probe
+
+Loss = Callable[[Any, Any], Tensor]
+Progress = Callable[[int, int, str], None]
+
+
+def _silent(done: int, total: int, text: str) -> None:
+    """Show nothing."""
+
+
+def check(
+    model: nn.Module | Loaded | str | Path,
+    batches: Iterable[Any] | None = None,
+    *,
+    data: str | Path | None = None,
+    loss: Loss | bool = False,
+    deep: bool = False,
+    probes: Collection[str] = (),
+    ignore: Collection[str] = (),
+    groups: Mapping[str, Any] | None = None,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    progress: Progress = _silent,
+) -> Report:
+    """Measure the signals inside a network on real inputs and say what is wrong with them.
+
+    Args:
+        model: A module, something loaded, or anything that `setpoint.load` takes (``"smollm2"``, a folder, a GGUF
+            file, ``"module:factory"``).
+        batches: What to run: tensors, tuples (positional arguments) or dicts (keyword arguments). Left out, a
+            language model reads text and a vision model sees pictures that are on every machine.
+        data: A text file or a folder of images, instead of the default ones.
+        loss: ``loss(output, batch)``, or True for the task's own (next-token cross-entropy for a language model).
+            Adds gradients.
+        deep: Also run interventions (a massive activation removed, blocks left out, neurons silenced), and take
+            exact medians.
+        probes: Codes of the findings to look for; empty for all.
+        ignore: Ids or codes of findings to leave out.
+        groups: Token groups to compare, name -> boolean mask ``(batch, tokens)`` or a callable from batch to mask.
+        forward: ``forward(model, batch)``, if calling the model takes more than its batch.
+        device: Where to run, e.g. ``"cuda"``; left out, where the model is.
+        dtype: What to run in, e.g. ``"bfloat16"``; left out, as the model is.
+        progress: ``progress(done, total, text)`` is called along the way.
+
+    Returns:
+        The report: ``report.findings``, ``report.trace``, ``report.to_html(path)``, ``report.to_json()``.
+
+    Raises:
+        setpoint.errors.InputError: A model that can't be loaded or run, unknown codes, no data.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=True)
+        >>> model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        >>> report = check(model, [torch.randn(2, 8, 16)])
+        >>> report.worst in (None, "info", "warning", "error")
+        True
+    """
+    chosen = _chosen(probes)
+    loaded = _subject(model, forward, device, dtype)
+    origin = "the caller's own batches"
+    if batches is None:
+        origin = describe_data(loaded, data)
+        batches = batches_for(loaded, data)
+    batches = [_to(batch, device) for batch in batches]
+    if not batches:
+        raise InputError("There is nothing to run: batches is empty. Give at least one batch.")
+    measure = _loss(loss, loaded)
+
+    try:
+        progress(0, 0, "reading the structure")
+        anatomy = Anatomy.trace(loaded.model, batches[0], forward=loaded.forward)
+        trace = record(
+            loaded.model,
+            batches,
+            anatomy=anatomy,
+            needs=registry.needs(chosen),
+            forward=loaded.forward,
+            loss=measure,
+            groups=groups,
+            task=loaded.task,
+            exact=deep,
+            progress=progress,
+        )
+    except InputError:
+        raise
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+        raise InputError(_failed(loaded, batches[0], error)) from error
+    findings: list[Finding] = [finding for probe in chosen for finding in probe(trace)]
+    if deep:
+        subject = Subject(
+            model=loaded.model,
+            anatomy=anatomy,
+            batches=batches,
+            forward=loaded.forward,
+            loss=measure or loss_for(loaded),
+            progress=progress,
+        )
+        findings = registry.deepen(subject, trace, findings, codes=frozenset(probes))
+    findings = [registry.with_remedies(finding, trace.structure) for finding in findings]
+    ignored = frozenset(ignore)
+    findings = [finding for finding in findings if not ignored & {finding.id, finding.code}]
+    findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
+    return Report(
+        model=_info(loaded),
+        findings=tuple(findings),
+        trace=trace,
+        settings={
+            "data": origin,
+            "version": __version__,
+            "deep": deep,
+            "loss": measure is not None,
+            "ignored": sorted(ignored),
+            "unread": [f"{part.name}: {part.reason}" for part in anatomy.unread],
+        },
+    )
+
+
+def _failed(loaded: Loaded, batch: Any, error: Exception) -> str:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return (
+        f"{loaded.source} could not be run on a batch that is {_outline(batch)}: {reason}. "
+        "A tensor is passed as the only argument, a tuple as positional and a dict as keyword arguments."
+    )
+
+
+def _outline(batch: Any) -> str:
+    if isinstance(batch, Tensor):
+        return f"{str(batch.dtype).removeprefix('torch.')}{list(batch.shape)}"
+    if isinstance(batch, Mapping):
+        return "{" + ", ".join(f"{name}: {_outline(value)}" for name, value in batch.items()) + "}"
+    if isinstance(batch, (list, tuple)):
+        return "(" + ", ".join(map(_outline, batch)) + ")"
+    return type(batch).__name__
+
+
+def _chosen(codes: Collection[str]) -> tuple[Probe, ...]:
+    unknown = sorted(set(codes) - set(registry.codes()))
+    if unknown:
+        near = ", ".join(nearest(unknown[0], registry.codes()))
+        raise InputError(f"There is no finding called {unknown[0]!r}; the nearest are {near}.")
+    return registry.probes_for(frozenset(codes))
+
+
+def _subject(
+    model: nn.Module | Loaded | str | Path,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    device: str | torch.device | None,
+    dtype: str | torch.dtype | None,
+) -> Loaded:
+    """The model as asked for; a module that belongs to the caller is copied before it is moved or cast."""
+    loaded = model if isinstance(model, Loaded) else load(model)
+    if forward is not None:
+        loaded = replace(loaded, forward=forward)
+    if device is None and dtype is None:
+        return loaded
+    target = _device(device) if device is not None else None
+    kind = _dtype(dtype) if dtype is not None else None
+    network = loaded.model if isinstance(model, (str, Path)) else copy.deepcopy(loaded.model)
+    return replace(loaded, model=network.to(device=target, dtype=kind))
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first = str(error).splitlines()[0]
+        raise InputError(f"device {str(name)!r} can't be used here ({first}). Give cpu, cuda or mps.") from None
+    return device
+
+
+def _dtype(name: str | torch.dtype) -> torch.dtype:
+    kind = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        raise InputError(f"dtype {name!r} is not a floating-point dtype. Give float32, bfloat16 or float16.")
+    return kind
+
+
+def _to(batch: Any, device: str | torch.device | None) -> Any:
+    if device is None:
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {name: _to(value, device) for name, value in batch.items()}
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(_to(value, device) for value in batch)
+    return batch
+
+
+def _loss(loss: Loss | bool, loaded: Loaded) -> Loss | None:
+    if callable(loss):
+        return loss
+    if not loss:
+        return None
+    own = loss_for(loaded)
+    if own is None:
+        raise InputError(
+            f"There is no default loss for {loaded.source} ({loaded.task}). Leave --loss out, or give check() a "
+            "loss(output, batch) of your own."
+        )
+    return own
+
+
+def _info(loaded: Loaded) -> ModelInfo:
+    parameters = {id(p): p for p in loaded.model.parameters()}.values()
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters})
+    return ModelInfo(
+        name=type(loaded.model).__name__,
+        source=loaded.source,
+        task=loaded.task,
+        parameters=sum(p.numel() for p in parameters),
+        dtype=", ".join(dtypes) or "none",
+        notes=loaded.notes,
+    )

@@ -1,0 +1,97 @@
+"""`setpoint.check` in Python: what goes in, what comes out, and that the model is as it was."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import setpoint
+from setpoint.errors import InputError
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.relu(self.up(self.norm(x))))
+
+
+def net(depth: int = 4, width: int = 32) -> nn.Sequential:
+    return nn.Sequential(*(Block(width) for _ in range(depth)))
+
+
+def test_a_fresh_network_has_nothing_worse_than_a_note() -> None:
+    assert setpoint.check(net(), [torch.randn(2, 16, 32)]).worst in (None, "info")
+
+
+def test_a_branch_that_grows_with_depth_is_found() -> None:
+    model = net(8)
+    with torch.no_grad():
+        for depth, block in enumerate(model):
+            block.down.weight.mul_(4.0 * 2**depth)
+    report = setpoint.check(model, [torch.randn(2, 16, 32)])
+    assert "variance-growth" in {finding.code for finding in report.findings}
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = net().train()
+    batch = torch.randn(2, 16, 32)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before, random = model(batch), torch.get_rng_state()
+    setpoint.check(model, [batch], loss=lambda output, _: output.square().mean(), deep=True)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(model(batch), before)
+
+
+def test_a_loss_brings_gradients() -> None:
+    report = setpoint.check(net(), [torch.randn(2, 16, 32)], loss=lambda output, _: output.square().mean())
+    assert report.trace.loss is not None
+    assert all(record.gradient_norm is not None for record in report.trace.parameters.values())
+
+
+def test_a_dtype_is_tried_on_a_copy() -> None:
+    model = net()
+    report = setpoint.check(model, [torch.randn(2, 16, 32).bfloat16()], dtype="bfloat16")
+    assert report.model.dtype == "bfloat16"
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_ignored_findings_are_left_out() -> None:
+    model = net()
+    with torch.no_grad():
+        model[1].down.weight.fill_(float("inf"))
+    found = setpoint.check(model, [torch.randn(2, 16, 32)])
+    identity = next(f.id for f in found.findings if f.code == "non-finite")
+    again = setpoint.check(model, [torch.randn(2, 16, 32)], ignore=[identity])
+    assert identity not in {finding.id for finding in again.findings}
+
+
+def test_no_batches_is_an_error_that_says_what_to_give() -> None:
+    with pytest.raises(InputError, match="at least one batch"):
+        setpoint.check(net(), [])
+
+
+def test_a_batch_that_does_not_fit_names_the_failure() -> None:
+    with pytest.raises(InputError, match="could not be run"):
+        setpoint.check(net(), [torch.randn(2, 16, 33)])
+
+
+def test_unknown_codes_get_the_nearest() -> None:
+    with pytest.raises(InputError, match="variance-growth"):
+        setpoint.check(net(), [torch.randn(2, 16, 32)], probes=["variance-grow"])
+
+
+def test_the_page_is_written(tmp_path: Path) -> None:
+    path = setpoint.check(net(), [torch.randn(2, 16, 32)]).to_html(tmp_path / "r.html")
+    assert path.read_text().lstrip().lower().startswith("<!doctype html>")
