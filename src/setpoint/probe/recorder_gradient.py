@@ -19,6 +19,34 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
+def watch_gradient(tensor: Tensor, arrived: Callable[[Tensor], None]) -> None:
+    """Call ``arrived`` with the gradient of the loss by ``tensor`` as it is now, even if it is written to later.
+
+    A hook on a view is lost when the view is then written in place (``y = linear(x); y += x`` is such a case, since
+    a linear returns a view of its matrix product). The gradient still reaches the tensor that was viewed, so that is
+    watched too, and heard only if the view's own hook kept silent.
+    """
+    heard = False
+
+    def directly(gradient: Tensor) -> None:
+        nonlocal heard
+        heard = True
+        arrived(gradient)
+
+    tensor.register_hook(directly)  # type: ignore[no-untyped-call]
+    base = tensor._base
+    if base is None or base.grad_fn is None or base.numel() != tensor.numel():
+        return
+    place = base.output_nr
+
+    def through_base(gradients: tuple[Tensor | None, ...]) -> None:
+        gradient = gradients[place]
+        if not heard and gradient is not None:
+            arrived(gradient)
+
+    base.grad_fn.register_prehook(through_base)
+
+
 def gather(mine: Any) -> list[Any]:
     """What every process has, in order of rank; ``[mine]`` without `torch.distributed`."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError, nearest
 from setpoint.probe.recorder_attention import CoreListener
-from setpoint.probe.recorder_gradient import ParameterWatch, gather, in_backward
+from setpoint.probe.recorder_gradient import ParameterWatch, gather, in_backward, watch_gradient
 from setpoint.probe.recorder_inputs import Inputs, tensors_of
 from setpoint.probe.stat_kernels import Scratch, Stream, observe, sum_of_squares
 from setpoint.probe.statistics import AttentionStatistics, Magnitudes, Peaks, SiteStatistics, merge_sites
-from setpoint.types import ParameterRecord, Site, SiteRole, Stat, Task, Trace
+from setpoint.types import Site, SiteRole, Stat, Task, Trace
 
 Needs = Collection[Stat] | Mapping[SiteRole, Collection[Stat]]
 Groups = Mapping[str, Tensor | Callable[[Any], Tensor]]
@@ -90,9 +90,8 @@ class Recorder:
                     kept.magnitudes = Magnitudes(values=[])
                 self._statistics[site.name] = kept
         self._attention: dict[str, AttentionStatistics] = {}
-        self._parameters: ParameterWatch | None = None
-        if any(Stat.GRADIENT in stats for stats in wanted.values()):
-            self._parameters = ParameterWatch(self.model, late=model is not self.model and not is_compiled(model))
+        self._follows_gradients = any(Stat.GRADIENT in stats for stats in wanted.values())
+        self._parameters = ParameterWatch(self.model, late=is_distributed(model))
         self._taps: dict[str, list[Site]] = defaultdict(list)
         for site in self.sites:
             self._taps[site.tap.module].append(site)
@@ -122,7 +121,7 @@ class Recorder:
             for name, sites in self._taps.items():
                 for handle in self._hook(name, sites):
                     stack.callback(handle.remove)
-            if self._parameters is not None:
+            if self._follows_gradients:
                 stack.enter_context(self._parameters)
             stack.callback(self._settle)
             self._stack = stack.pop_all()
@@ -185,7 +184,7 @@ class Recorder:
         return Trace(
             records=records,
             attention=attention,
-            parameters=self._parameter_records(block_of or (lambda _: None)),
+            parameters=self._parameters.records(block_of or (lambda _: None)),
             blocks=blocks if blocks is not None else max(numbered, default=-1) + 1,
             task=task,
             sequences=self.sequences,
@@ -248,8 +247,7 @@ class Recorder:
         """Close the pass that may be open."""
         self._stream = None
         self._cores.clear()
-        if self._parameters is not None:
-            self._parameters.commit()
+        self._parameters.commit()
 
     def _catch(self, sites: Sequence[Site], call: int, carried: Any) -> None:
         due = [site for site in sites if site.tap.call == call]
@@ -333,7 +331,7 @@ class Recorder:
                 statistics.gradient_squares += sum_of_squares(gradient)
                 statistics.gradient_count += gradient.numel()
 
-        tensor.register_hook(arrived)  # type: ignore[no-untyped-call]
+        watch_gradient(tensor, arrived)
 
     # -- results ------------------------------------------------------------------------------------------------------
 
@@ -358,11 +356,6 @@ class Recorder:
             self._order.update(dict.fromkeys(order))
             self.sequences += sequences
             self.tokens += tokens
-
-    def _parameter_records(self, block_of: Callable[[str], int | None]) -> dict[str, ParameterRecord]:
-        if self._parameters is None:
-            return {}
-        return self._parameters.records(block_of)
 
 
 class _Cores:
@@ -407,6 +400,11 @@ def is_compiled(model: nn.Module) -> bool:
     while isinstance(model, nn.parallel.DistributedDataParallel):
         model = model.module
     return hasattr(model, "_orig_mod")
+
+
+def is_distributed(model: nn.Module) -> bool:
+    """Whether a wrapper averages the gradients over processes at the end of the backward."""
+    return isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

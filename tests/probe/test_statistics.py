@@ -1,0 +1,328 @@
+"""The accumulators and the one-pass kernels, held to float64 references."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from setpoint.probe.stat_kernels import (
+    Scratch,
+    Selection,
+    chunk_rows,
+    largest_entries,
+    observe,
+    reduce_chunk,
+    sum_of_squares,
+)
+from setpoint.probe.statistics import BINS, MANTISSA_BITS, Magnitudes, Moments, Peaks, SiteStatistics, bin_edge
+from setpoint.types import Record, Site, Stat, Tap
+
+EVERYTHING = frozenset(Stat) - {Stat.ATTENTION, Stat.GRADIENT}
+SITE = Site("site", "residual", Tap("", "output"))
+
+
+def observed(
+    values: Tensor, *, wanted: frozenset[Stat] = EVERYTHING, parts: int = 1, exact: bool = False, **options: Any
+) -> Record:
+    """The record of values of shape (sequences, positions, channels), given in so many batches."""
+    statistics = SiteStatistics(wanted, Peaks(8))
+    if exact:
+        statistics.magnitudes = Magnitudes(values=[])
+    scratch, first = Scratch(), 0
+    for part in values.chunk(parts):
+        observe(part.flatten(0, 1), part.shape[1], statistics, scratch, first_sequence=first, **options)
+        first += len(part)
+    return statistics.record(SITE)
+
+
+def assert_moments_match(record: Record, values: Tensor, rel: float = 1e-5) -> None:
+    x = values.double().numpy().ravel()
+    x = x[np.isfinite(x)]
+    d = x - x.mean()
+    assert record.mean == pytest.approx(x.mean(), rel=rel, abs=rel * np.sqrt((x**2).mean()))
+    assert record.variance == pytest.approx((d**2).mean(), rel=rel, abs=1e-300)
+    assert record.fourth_moment == pytest.approx((d**4).mean(), rel=10 * rel, abs=1e-300)
+    assert record.rms == pytest.approx(np.sqrt((x**2).mean()), rel=rel)
+    assert (record.minimum, record.maximum) == (x.min(), x.max())
+
+
+finite = st.floats(-1e6, 1e6, allow_nan=False, width=32)
+
+
+@given(st.lists(st.lists(finite, min_size=1, max_size=12), min_size=1, max_size=5))
+@settings(max_examples=150, deadline=None)
+def test_merged_moments_are_those_of_the_whole(parts: list[list[float]]) -> None:
+    total = Moments()
+    for part in parts:
+        total.add(Moments.of(np.array(part)))
+    x = np.concatenate([np.array(p) for p in parts])
+    d = x - x.mean()
+    scale = np.abs(x).max()
+    assert total.count == x.size
+    assert total.mean == pytest.approx(x.mean(), abs=1e-12 * scale)
+    assert total.variance == pytest.approx((d**2).mean(), rel=1e-9, abs=1e-12 * scale**2)
+    assert total.fourth == pytest.approx((d**4).mean(), rel=1e-8, abs=1e-12 * scale**4)
+
+
+@given(
+    mean=st.floats(-1e4, 1e4, width=32),
+    spread=st.floats(0.0078125, 100.0, width=32),
+    spike=st.sampled_from([0.0, 2e4, -6e4]),
+    parts=st.integers(1, 4),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=80, deadline=None)
+def test_moments_hold_for_any_mean_spread_and_spike(
+    mean: float, spread: float, spike: float, parts: int, seed: int
+) -> None:
+    values = torch.randn(4, 40, 24, generator=torch.Generator().manual_seed(seed)) * spread + mean
+    values[1, 2, 3] += spike
+    assert_moments_match(observed(values, parts=parts), values, rel=3e-5)
+
+
+def test_a_single_entry_of_20000_keeps_the_others_digits() -> None:
+    values = torch.randn(2, 512, 576)
+    values[0, 0, 507] = 2e4
+    record = observed(values)
+    assert_moments_match(record, values)
+    rms = values.double().square().mean((0, 1)).sqrt().numpy()
+    assert record.channel_rms == pytest.approx(rms, rel=1e-5)
+
+
+def test_a_mean_of_a_million_spreads_cancels_nothing() -> None:
+    values = 1000.0 + 1e-3 * torch.randn(1, 256, 64)
+    assert_moments_match(observed(values), values, rel=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1e-8, 1e8, 1e15, 1e30])
+def test_values_whose_powers_leave_float32_are_still_measured(scale: float) -> None:
+    values = torch.randn(1, 64, 32) * scale
+    assert_moments_match(observed(values), values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_values_are_accumulated_in_more(dtype: torch.dtype) -> None:
+    values = (3 + torch.randn(2, 300, 96)).to(dtype)
+    record = observed(values)
+    assert_moments_match(record, values)
+    assert record.channel_mean == pytest.approx(values.double().mean((0, 1)).numpy(), rel=1e-5)
+
+
+def test_a_constant_has_no_variance_at_all() -> None:
+    record = observed(torch.full((2, 30, 7), 0.1), parts=2)
+    assert (record.variance, record.fourth_moment, record.kurtosis) == (0.0, 0.0, None)
+
+
+def test_non_finite_values_are_counted_and_left_out() -> None:
+    values = torch.randn(2, 64, 16)
+    values[0, 3, 5], values[1, 0, 0], values[1, 9, 5] = math.nan, math.inf, -math.inf
+    record = observed(values)
+    assert (record.non_finite, record.count) == (3, values.numel())
+    assert_moments_match(record, values)
+    assert all(math.isfinite(peak.value) for peak in record.peaks)
+    column = values[:, :, 5].double().numpy().ravel()
+    column = column[np.isfinite(column)]
+    assert record.channel_rms is not None
+    assert record.channel_rms[5] == pytest.approx(np.sqrt((column**2).mean()))
+    assert record.cosine is not None
+    assert math.isfinite(record.cosine)
+
+
+def test_all_nan_gives_no_moments_and_no_peaks() -> None:
+    record = observed(torch.full((1, 4, 3), math.nan))
+    assert (record.mean, record.peaks, record.non_finite) == (None, (), 12)
+
+
+def test_chunks_are_joined_without_a_seam() -> None:
+    width = 2048
+    rows = 3 * chunk_rows(width, torch.device("cpu")) + 17
+    values = torch.randn(1, rows, width) + 0.3
+    values[0, rows - 1, 5] = 99.0
+    record = observed(values)
+    assert_moments_match(record, values)
+    assert record.peaks[0].token == rows - 1
+    assert record.cosine == pytest.approx(mean_cosine(values), rel=1e-4)
+
+
+def mean_cosine(values: Tensor, keep: Tensor | None = None) -> float:
+    """Reference: mean over all pairs of different tokens of one sequence."""
+    total, pairs = 0.0, 0
+    for i, sequence in enumerate(values.double()):
+        chosen = sequence if keep is None else sequence[keep[i]]
+        unit = torch.nn.functional.normalize(chosen, dim=-1)
+        gram = unit @ unit.T
+        total += float(gram.sum() - gram.trace())
+        pairs += len(chosen) * (len(chosen) - 1)
+    return total / pairs
+
+
+def test_peaks_are_the_largest_entries_with_their_places() -> None:
+    values = torch.randn(6, 50, 20)
+    record = observed(values, parts=3)
+    flat = values.flatten().abs().topk(8)
+    assert [abs(p.value) for p in record.peaks] == flat.values.tolist()
+    for peak in record.peaks:
+        assert values[peak.sequence, peak.token, peak.channel].item() == peak.value
+
+
+@given(st.integers(0, 10_000), st.integers(1, 12))
+@settings(max_examples=60, deadline=None)
+def test_peaks_found_by_channel_are_the_peaks(seed: int, size: int) -> None:
+    x = torch.randn(9, 11, generator=torch.Generator().manual_seed(seed)).mul(4).round()  # with ties
+    found = largest_entries(x, x.abs().amax(0).double().numpy(), size, -1.0)
+    assert found is not None
+    assert found[:, 0].abs().tolist() == x.abs().flatten().double().topk(min(size, 99)).values.tolist()
+
+
+def test_per_channel_figures_match_their_definition() -> None:
+    values = torch.randn(3, 40, 12) + torch.arange(12)
+    record = observed(values, parts=2)
+    x = values.double()
+    assert record.channel_mean == pytest.approx(x.mean((0, 1)).numpy(), rel=1e-6, abs=1e-6)
+    assert record.channel_rms == pytest.approx(x.square().mean((0, 1)).sqrt().numpy(), rel=1e-6)
+    assert record.channel_max == pytest.approx(x.abs().amax((0, 1)).numpy(), rel=1e-7)
+
+
+def test_zeros_and_activity_are_counted_exactly() -> None:
+    values = torch.relu(torch.randn(3, 40, 12))
+    values[..., 7] = 0.0
+    values[0, 0, 1] = 1e-30  # small is not zero, though its square is
+    record = observed(values, parts=3)
+    assert record.zeros == float((values == 0).double().mean())
+    assert record.channel_active is not None
+    assert record.channel_active.tolist() == (values != 0).double().mean((0, 1)).tolist()
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 3e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_histogram_median_is_within_its_stated_error(scale: float, dtype: torch.dtype) -> None:
+    values = (torch.randn(2, 100, 64) * scale).to(dtype)
+    record = observed(values, parts=2)
+    true = float(np.median(values.double().abs().numpy()))
+    assert 0 < record.median_error < 0.017
+    assert record.median == pytest.approx(true, rel=record.median_error)
+
+
+def test_exact_median_is_exact() -> None:
+    values = torch.randn(3, 31, 7)
+    record = observed(values, parts=3, exact=True)
+    assert record.median == float(np.median(values.double().abs().numpy()))
+    assert record.median_error == 0.0
+
+
+def test_magnitude_bins_cover_the_float_range_in_order() -> None:
+    edges = [bin_edge(i) for i in range(255 << MANTISSA_BITS)]
+    assert all(a < b for a, b in itertools.pairwise(edges))
+    assert BINS == 256 << MANTISSA_BITS
+
+
+def test_cosine_is_the_mean_over_pairs_of_tokens_in_a_sequence() -> None:
+    values = torch.randn(3, 33, 10) + 0.5
+    assert observed(values, parts=2).cosine == pytest.approx(mean_cosine(values), rel=1e-5)
+
+
+def test_equal_tokens_have_cosine_one() -> None:
+    assert observed(torch.randn(1, 1, 16).expand(2, 20, 16)).cosine == pytest.approx(1.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-2, 1.0, 30.0])
+def test_step_keeps_its_digits_from_tiny_to_huge(size: float) -> None:
+    before = torch.randn(2, 50, 64)
+    after = before + size * torch.randn(2, 50, 64)
+    record = observed(after, stream=before.flatten(0, 1))
+    b, a = before.double(), after.double()
+    cosine = torch.nn.functional.cosine_similarity(b, a, dim=-1)
+    assert record.angle == pytest.approx(torch.rad2deg(cosine.clamp(-1, 1).acos()).mean().item(), rel=1e-3)
+    assert record.step_ratio == pytest.approx(((a - b).square().mean() / b.square().mean()).sqrt().item(), rel=1e-4)
+
+
+def test_a_block_that_does_nothing_turns_nothing() -> None:
+    x = torch.randn(1, 20, 8)
+    record = observed(x, stream=x.flatten(0, 1))
+    assert (record.angle, record.step_ratio) == (0.0, 0.0)
+
+
+def test_opposite_vectors_are_180_degrees_apart() -> None:
+    x = torch.randn(1, 20, 8)
+    assert observed(-x, stream=x.flatten(0, 1)).angle == pytest.approx(180.0, abs=0.1)
+
+
+def test_padding_is_left_out_of_everything() -> None:
+    values = torch.randn(3, 20, 8)
+    keep = torch.rand(3, 20) < 0.7
+    padded = torch.where(keep[..., None], values, 1e5)
+    record = observed(padded, selection=Selection(keep.flatten().nonzero().squeeze(1)))
+    assert record.tokens == int(keep.sum())
+    assert_moments_match(record, values[keep])
+    assert record.cosine == pytest.approx(mean_cosine(values, keep), rel=1e-5)
+    for peak in record.peaks:
+        assert values[peak.sequence, peak.token, peak.channel].item() == peak.value
+
+
+def test_groups_have_their_own_norm_and_angle() -> None:
+    before, after = torch.randn(2, 30, 8), torch.randn(2, 30, 8)
+    mask = torch.rand(2, 30) < 0.4
+    record = observed(after, stream=before.flatten(0, 1), selection=Selection(groups={"some": mask.flatten()}))
+    group = record.groups["some"]
+    angles = torch.nn.functional.cosine_similarity(before.double(), after.double(), dim=-1).acos().rad2deg()
+    assert group.tokens == int(mask.sum())
+    assert group.norm == pytest.approx(after.double().norm(dim=-1)[mask].mean().item(), rel=1e-6)
+    assert group.angle == pytest.approx(angles[mask].mean().item(), rel=1e-4)
+
+
+def test_only_what_is_wanted_is_filled() -> None:
+    record = observed(torch.randn(1, 8, 4), wanted=frozenset({Stat.MOMENTS}))
+    assert record.mean is not None
+    others = (record.median, record.channel_max, record.zeros, record.cosine, record.angle, record.gradient_rms)
+    assert others == (None,) * 6
+    assert record.peaks == ()
+
+
+def test_statistics_of_two_processes_join_like_one() -> None:
+    values = torch.randn(6, 20, 8)
+    halves = [SiteStatistics(EVERYTHING, Peaks(8)) for _ in range(2)]
+    for half, part in zip(halves, values.chunk(2), strict=True):
+        observe(part.flatten(0, 1), 20, half, Scratch())
+    halves[0].add(halves[1], first_sequence=3)
+    joined, whole = halves[0].record(SITE), observed(values)
+    assert [(p.sequence, p.token, p.channel) for p in joined.peaks] == [
+        (p.sequence, p.token, p.channel) for p in whole.peaks
+    ]
+    assert joined.median == whole.median
+    for name in ("mean", "variance", "fourth_moment", "cosine", "zeros", "tokens", "count"):
+        assert getattr(joined, name) == pytest.approx(getattr(whole, name), rel=1e-5)
+    assert joined.channel_rms == pytest.approx(whole.channel_rms, rel=1e-6)
+
+
+def test_scratch_stays_small_however_many_values_pass() -> None:
+    scratch = Scratch()
+    statistics = SiteStatistics(EVERYTHING, Peaks(8))
+    observe(torch.randn(8192, 512), 8192, statistics, scratch)
+    assert scratch.bytes < 12 << 20
+
+
+def test_scratch_made_under_inference_mode_serves_outside_it() -> None:
+    scratch = Scratch()
+    with torch.inference_mode():
+        reduce_chunk(torch.randn(8, 4), EVERYTHING, True, scratch)
+    reduce_chunk(torch.randn(8, 4), EVERYTHING, True, scratch)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e25])
+def test_sum_of_squares_survives_any_scale(scale: float) -> None:
+    x = torch.randn(1000) * scale
+    assert sum_of_squares(x) == pytest.approx(float(x.double().square().sum()), rel=1e-5)
+
+
+def test_sum_of_squares_shows_nan_and_infinity() -> None:
+    assert math.isnan(sum_of_squares(torch.tensor([1.0, math.nan])))
+    assert sum_of_squares(torch.tensor([1.0, math.inf])) == math.inf
+    assert sum_of_squares(torch.zeros(4)) == 0.0
