@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -104,8 +105,8 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
     reads = find_norms(graph)
     additions = find_additions(graph)
     final = next((v for v in graph.tape.outputs if v.floating), None)
-    for addition, following in zip(additions, [*additions[1:], None], strict=True):
-        later = following.stream if following is not None else final
+    for addition, following in zip_longest(additions, additions[1:]):
+        later = following.stream if following is not None else None
         addition.branches = read_branches(graph, addition, later, reads)
         if following is None:
             addition.branches = _without_final_norm(addition.branches, additions)
@@ -122,7 +123,11 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
     embeddings = _embeddings(graph)
     head, logits = _head(graph, additions, final)
     attention = tuple(b.attention for block in blocks for b in block.branches if b.attention is not None)
-    writers = [Writer(projection, None, "embedding") for projection in embeddings]
+    writers = [
+        Writer(table, None, "embedding")
+        for table in embeddings
+        if not additions or any(_looked_up(graph, table, addition.source) for addition in additions)
+    ]
     writers += [
         Writer(b.writer, block.index, b.role) for block in blocks for b in block.branches if b.writer is not None
     ]
@@ -153,11 +158,13 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
 
 
 def _without_final_norm(branches: list[Branch], additions: list[Addition]) -> list[Branch]:
-    """Behind the last addition a norm is part of the block only if the others have one there too."""
+    """Behind the last addition a block keeps as many norms as stand behind the others; one more is the model's own."""
     before = [branch for addition in additions[:-1] for branch in addition.branches]
-    if any(branch.after_norms for branch in before) or not (before or any(b.input_norms for b in branches)):
-        return branches
-    return [replace(branch, after_norms=()) for branch in branches]
+    if before:
+        usual = max(len(branch.after_norms) for branch in before)
+    else:
+        usual = 0 if any(branch.input_norms for branch in branches) else 1
+    return [replace(branch, after_norms=branch.after_norms[:usual]) for branch in branches]
 
 
 # blocks --------------------------------------------------------------------------------------------------------------
@@ -222,6 +229,15 @@ def _embeddings(graph: Graph) -> tuple[Projection, ...]:
                 if value.kind == "parameter":
                     found.setdefault(node.call.name, Projection(node.call.name, value.name, "", 1))
     return tuple(found.values())
+
+
+def _looked_up(graph: Graph, table: Projection, stream: Value) -> bool:
+    """Whether rows of a table get to the stream with no weight between; a table of position biases does not."""
+    return any(
+        node.op.startswith("embedding") and node.call.name == table.module and reaches(graph, node.outputs[0], stream)
+        for node in graph.tape.nodes
+        if node.outputs
+    )
 
 
 def _head(graph: Graph, additions: list[Addition], final: Value | None) -> tuple[Projection | None, Value | None]:

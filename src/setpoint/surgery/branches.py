@@ -84,7 +84,7 @@ def read_branches(graph: Graph, addition: Addition, later: Value | None, norms: 
     Args:
         graph: The graph.
         addition: The addition.
-        later: Stream operand of the next addition (or the model's output), to see which norms stand on the stream.
+        later: Stream operand of the next addition, to see which norms stand on the stream; None behind the last.
         norms: Every norm.
     """
     parts = [addition.branch]
@@ -101,8 +101,7 @@ def read_branches(graph: Graph, addition: Addition, later: Value | None, norms: 
         if norm.input.index >= addition.output.index
         and norm.input.index - addition.output.index < 64
         and reaches(graph, addition.output, norm.input)
-        and later is not None
-        and reaches(graph, norm.output, later)
+        and (later is None or reaches(graph, norm.output, later))
     )
     return [_branch(graph, addition, part, after, norms) for part in parts]
 

@@ -187,7 +187,7 @@ class Graph:
         numbers = self._numbers(value, known)
         if numbers is None:
             return None
-        rows = sorted(set(numbers.flatten().tolist()))
+        rows = torch.unique(numbers).tolist()
         if len(rows) == total:
             return None
         return range(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else tuple(rows)
@@ -222,7 +222,7 @@ class Graph:
                 return type(tree)(kept for kept in map(put, tree) if kept is not None or tree is None)
             return tree
 
-        if node.op in ("dropout", "to", "float", "type", "type_as", "contiguous", "clone", "detach"):
+        if node.op in ("dropout", "to", "float", "type", "type_as", "detach"):
             return next((n for n in by_tensor.values() if n is not None), None)
         try:
             args = [put(a) if isinstance(a, Tensor | list | tuple) else a for a in node.args]

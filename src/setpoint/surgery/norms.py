@@ -205,6 +205,8 @@ def find_uses(graph: Graph, read: NormRead, norms: list[NormRead]) -> list[Use]:
         readers = graph.readers[value.index]
         for norm in by_input.get(value.index, []):
             uses.append(Use(norm.name, via=via, call_index=norm.call.ordinal, op=f"{norm.kind}_norm"))
+        if any(value is output for output in graph.tape.outputs):  # what the caller gets must not change in a fold
+            uses.append(Use("", via=via, op="output"))
         normed = {id(norm.call) for norm in by_input.get(value.index, [])}
         for node in readers:
             if any(id(call) in normed for call in node.call.ancestors()) and node.op != "add":
