@@ -182,10 +182,9 @@ def reduce_carefully(x: Tensor, wanted: frozenset[Stat], per_row: bool) -> Chunk
 
 
 def count_magnitudes(square: Tensor, scratch: Scratch) -> Magnitudes:
-    """Histogram of magnitudes from their float32 squares; what is not finite, once squared, is left out."""
+    """Histogram of magnitudes from their float32 squares, none of them NaN; infinite squares are left out."""
     bins = scratch.flat("bins", square.numel(), square, torch.int32)
-    torch.bitwise_and(square.view(torch.int32).view(-1), 0x7FFFFFFF, out=bins)  # a NaN may carry a sign
-    torch.bitwise_right_shift(bins, 23 - MANTISSA_BITS, out=bins)
+    torch.bitwise_right_shift(square.view(torch.int32).view(-1), 23 - MANTISSA_BITS, out=bins)
     counts = torch.bincount(bins, minlength=BINS).cpu().numpy()
     counts[255 << MANTISSA_BITS :] = 0
     return Magnitudes(counts)
@@ -291,7 +290,7 @@ def observe(
         if chunk.channels is not None:
             statistics.add_channels(chunk.channels)
         if Stat.MEDIAN in wanted:
-            _add_magnitudes(x, statistics, scratch)  # reads the squares that the chunk's reduction left
+            _add_magnitudes(x, chunk, statistics, scratch)
         positions = np.arange(start, stop) if chosen is None else chosen.cpu().numpy()
         if Stat.PEAKS in wanted and chunk.channels is not None:
             entries = largest_entries(x, chunk.channels.largest, statistics.peaks.size, statistics.peaks.floor)
@@ -329,13 +328,15 @@ def _load(values: Tensor, start: int, stop: int, chosen: Tensor | None, name: st
     return scratch.take(name, rows).copy_(rows)
 
 
-def _add_magnitudes(x: Tensor, statistics: SiteStatistics, scratch: Scratch) -> None:
+def _add_magnitudes(x: Tensor, chunk: Chunk, statistics: SiteStatistics, scratch: Scratch) -> None:
     kept = statistics.magnitudes
     if kept is not None and kept.values is not None:  # exact: every magnitude is kept
-        finite = x[x.isfinite()].abs()
-        kept.values.append(finite.cpu().numpy().astype(np.float64))
+        kept.values.append(x[x.isfinite()].abs().cpu().numpy().astype(np.float64))
         return
-    counted = count_magnitudes(scratch.take("square", x), scratch)
+    square = scratch.take("square", x)  # as the chunk's reduction left it
+    if not chunk.finite:
+        torch.nan_to_num(square, nan=math.inf, out=square)
+    counted = count_magnitudes(square, scratch)
     if kept is None:
         statistics.magnitudes = counted
     else:
