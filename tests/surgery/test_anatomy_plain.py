@@ -1,0 +1,253 @@
+"""Anatomies of plain PyTorch models: torch's own encoder, hand-written blocks, and one flat functional forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from setpoint.surgery import Anatomy
+
+
+def batch(width: int = 16) -> Tensor:
+    return torch.linspace(-3, 3, 2 * 5 * width).sin().reshape(2, 5, width)
+
+
+def encoder(norm_first: bool) -> nn.TransformerEncoder:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, norm_first=norm_first)
+    return nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre", "post"])
+def test_torch_encoder_roles(norm_first: bool) -> None:
+    anatomy = Anatomy.trace(encoder(norm_first), batch())
+    assert [block.name for block in anatomy.blocks] == ["layers.0", "layers.1"]
+    for block in anatomy.blocks:
+        first, second = block.branches
+        assert block.placement == ("pre" if norm_first else "post")
+        assert (first.role, second.role) == ("attention", "feed_forward")
+        norms = [(f"{block.name}.norm1",), (f"{block.name}.norm2",)]
+        assert [b.input_norms if norm_first else b.after_norms for b in block.branches] == norms
+        site, ff = first.attention, second.feed_forward
+        assert site is not None
+        assert ff is not None
+        packed = f"{block.name}.self_attn.in_proj_weight"
+        parts = [site.q, site.k, site.v]
+        assert [p and (p.parameter, p.rows) for p in parts] == [
+            (packed, range(16)),
+            (packed, range(16, 32)),
+            (packed, range(32, 48)),
+        ]
+        assert site.out is not None
+        assert site.out.parameter == f"{block.name}.self_attn.out_proj.weight"
+        assert (site.num_heads, site.num_kv_heads, site.head_dim, site.causal) == (2, 2, 8, False)
+        assert ff.up is not None
+        assert ff.down is not None
+        assert (ff.up.module, ff.gate, ff.down.module) == (f"{block.name}.linear1", None, f"{block.name}.linear2")
+        assert ff.activation == "relu"
+    assert [w.projection.module for w in anatomy.writers] == [
+        "layers.0.self_attn",
+        "layers.0.linear2",
+        "layers.1.self_attn",
+        "layers.1.linear2",
+    ]
+    assert anatomy.head is None
+    assert anatomy.embeddings == anatomy.unread == ()
+
+
+def test_torch_pre_norm_encoder_feeds() -> None:
+    assert Anatomy.trace(encoder(True), batch()).feeds == {
+        "layers.0.norm1": {"layers.0.self_attn"},
+        "layers.0.norm2": {"layers.0.linear1"},
+        "layers.1.norm1": {"layers.1.self_attn"},
+        "layers.1.norm2": {"layers.1.linear1"},
+    }
+
+
+def test_torch_post_norm_encoder_norms_also_feed_the_residual() -> None:
+    anatomy = Anatomy.trace(encoder(False), batch())
+    assert anatomy.feeds == {
+        "layers.0.norm1": {"layers.0.linear1"},
+        "layers.0.norm2": {"layers.1.self_attn"},
+        "layers.1.norm1": {"layers.1.linear1"},
+        "layers.1.norm2": frozenset(),
+    }
+    added = {name: [use.module for use in norm.uses if use.op == "add"] for name, norm in anatomy.norms.items()}
+    assert added == {
+        "layers.0.norm1": ["layers.0"],
+        "layers.0.norm2": ["layers.1"],
+        "layers.1.norm1": ["layers.1"],
+        "layers.1.norm2": [],
+    }
+
+
+class Unit(nn.Module):
+    """x + f(x) with the norm before f or behind the sum; a gate on request."""
+
+    def __init__(self, width: int, placement: str, gated: bool = False) -> None:
+        super().__init__()
+        self.placement = placement
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 24), nn.Linear(24, width)
+        self.gate = nn.Linear(width, 24) if gated else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x) if self.placement == "pre" else x
+        wide = self.up(h)
+        wide = functional.silu(self.gate(h)) * wide if self.gate is not None else functional.gelu(wide)
+        x = self.down(wide) + x
+        return x if self.placement == "pre" else self.norm(x)
+
+
+class Stack(nn.Module):
+    def __init__(self, *units: nn.Module, norm: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(11, 16)
+        self.units = nn.ModuleList(units)
+        self.norm: nn.Module = nn.LayerNorm(16) if norm else nn.Identity()
+        self.head = nn.Linear(16, 11, bias=False)
+
+    def forward(self, ids: Tensor) -> Any:
+        x = self.embed(ids)
+        for unit in self.units:
+            x = unit(x)
+        return self.head(self.norm(x))
+
+
+IDS = torch.arange(6)[None]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_hand_written_pre_norm(gated: bool) -> None:
+    model = Stack(Unit(16, "pre", gated), Unit(16, "pre", gated), norm=True)
+    anatomy = Anatomy.trace(model, IDS)
+    assert [(b.name, b.placement) for b in anatomy.blocks] == [("units.0", "pre"), ("units.1", "pre")]
+    ff = anatomy.blocks[1].branches[0].feed_forward
+    assert ff is not None
+    assert ff.up is not None
+    assert ff.down is not None
+    assert (ff.up.module, ff.up.bias, ff.down.module) == ("units.1.up", "units.1.up.bias", "units.1.down")
+    assert (ff.gate and ff.gate.module, ff.activation) == (("units.1.gate", "silu") if gated else (None, "gelu"))
+    first = {"units.0.up", "units.0.gate"} if gated else {"units.0.up"}
+    assert anatomy.feeds["units.0.norm"] == first
+    assert anatomy.feeds["norm"] == {"head"}
+    assert anatomy.head is not None
+    assert anatomy.head.module == "head"
+    assert [w.projection.module for w in anatomy.writers] == ["embed", "units.0.down", "units.1.down"]
+
+
+def test_hand_written_post_norm() -> None:
+    anatomy = Anatomy.trace(Stack(Unit(16, "post"), Unit(16, "post")), IDS)
+    assert [(b.name, b.placement) for b in anatomy.blocks] == [("units.0", "post"), ("units.1", "post")]
+    assert anatomy.feeds == {"units.0.norm": {"units.1.up"}, "units.1.norm": {"head"}}
+    assert [use.module for use in anatomy.norms["units.0.norm"].uses if use.op == "add"] == ["units.1"]
+
+
+def test_a_shared_unit_is_two_blocks() -> None:
+    unit = Unit(16, "pre")
+    anatomy = Anatomy.trace(Stack(unit, unit), IDS)
+    assert [block.call for block in anatomy.blocks] == [0, 1]
+    assert {block.name for block in anatomy.blocks} == {"units.0"}
+    assert anatomy.norms["units.0.norm"].calls == 2
+
+
+class Flat(nn.Module):
+    """Two layers in one forward, from parameters and functions alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.ParameterList(nn.Parameter(torch.randn(48, 16) * 0.2) for _ in range(2))
+        self.out = nn.ParameterList(nn.Parameter(torch.randn(16, 16) * 0.2) for _ in range(2))
+        self.up = nn.ParameterList(nn.Parameter(torch.randn(16, 24) * 0.2) for _ in range(2))
+        self.down = nn.ParameterList(nn.Parameter(torch.randn(24, 16) * 0.2) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for qkv, out, up, down in zip(self.qkv, self.out, self.up, self.down, strict=True):
+            h = functional.layer_norm(x, (16,))
+            q, k, v = functional.linear(h, qkv).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + functional.linear(mixed.transpose(1, 2).flatten(-2), out)
+            x = x + functional.relu(functional.layer_norm(x, (16,)) @ up) @ down
+        return x
+
+
+def test_flat_functional_model() -> None:
+    anatomy = Anatomy.trace(Flat(), batch())
+    assert [[b.role for b in block.branches] for block in anatomy.blocks] == [["attention", "feed_forward"]] * 2
+    assert [block.placement for block in anatomy.blocks] == ["pre", "pre"]
+    for index, block in enumerate(anatomy.blocks):
+        site, ff = block.branches[0].attention, block.branches[1].feed_forward
+        assert site is not None
+        assert ff is not None
+        parts = [site.q, site.k, site.v]
+        assert [p and (p.parameter, p.rows) for p in parts] == [
+            (f"qkv.{index}", range(16)),
+            (f"qkv.{index}", range(16, 32)),
+            (f"qkv.{index}", range(32, 48)),
+        ]
+        assert (site.num_heads, site.head_dim, site.causal) == (2, 8, True)
+        assert ff.up is not None
+        assert ff.down is not None
+        assert (ff.up.parameter, ff.up.output_axis) == (f"up.{index}", 1)
+        assert (ff.down.parameter, ff.down.output_axis) == (f"down.{index}", 1)
+    read_by = [[use.parameter for use in norm.uses if use.is_weight] for norm in anatomy.norms.values()]
+    assert read_by == [["qkv.0"], ["up.0"], ["qkv.1"], ["up.1"]]
+
+
+class Detour(Stack):
+    """Has a unit that this input doesn't reach."""
+
+    def __init__(self) -> None:
+        super().__init__(Unit(16, "pre"))
+        self.other = Unit(16, "pre")
+
+    def forward(self, ids: Tensor) -> Any:
+        return super().forward(ids) if ids.shape[1] < 100 else self.other(self.embed(ids))
+
+
+def test_a_branch_not_taken_is_unread() -> None:
+    unread = {part.name: part.reason for part in Anatomy.trace(Detour(), IDS).unread}
+    assert set(unread) == {"other.norm", "other.up", "other.down"}
+    assert set(unread.values()) == {"never called in this pass"}
+
+
+class Scaled(torch.autograd.Function):
+    """Multiplies by a weight in torch, which the trace sees, or in NumPy, which it can't."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, hidden: bool) -> Tensor:
+        return torch.from_numpy(x.detach().numpy() * weight.detach().numpy()) if hidden else x * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0], None, None
+
+
+class Custom(nn.Module):
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        self.weight, self.hidden = nn.Parameter(torch.ones(16)), hidden
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Scaled.apply(x, self.weight, self.hidden)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_a_custom_function_outside_torch_is_unread() -> None:
+    anatomy = Anatomy.trace(Stack(Unit(16, "pre"), Custom(hidden=True)), IDS)
+    assert [part.name for part in anatomy.unread] == ["units.1"]
+    assert [block.name for block in anatomy.blocks] == ["units.0"]
+
+
+def test_a_custom_function_made_of_torch_is_followed() -> None:
+    anatomy = Anatomy.trace(Stack(Unit(16, "pre"), Custom(hidden=False), Unit(16, "pre")), IDS)
+    assert anatomy.unread == ()
+    assert [block.name for block in anatomy.blocks] == ["units.0", "units.2"]
+
+
+def test_a_final_norm_is_not_part_of_the_last_post_norm_block() -> None:
+    anatomy = Anatomy.trace(Stack(Unit(16, "post"), Unit(16, "post"), norm=True), IDS)
+    assert [block.branches[0].after_norms for block in anatomy.blocks] == [("units.0.norm",), ("units.1.norm",)]
+    assert anatomy.feeds["norm"] == {"head"}
