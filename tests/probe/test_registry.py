@@ -68,7 +68,7 @@ def test_an_interventions_finding_takes_the_place_of_the_recordings(monkeypatch:
 
 def test_every_literature_entry_treats_known_codes_and_says_when() -> None:
     for paper in literature().values():
-        assert set(paper.treats) <= set(registry.codes()), paper.key
+        assert {t.partition("@")[0] for t in paper.treats} <= set(registry.codes()), paper.key
         assert paper.when in ("now", "training"), paper.key
         assert paper.does[0].islower(), paper.key
         assert not paper.does.endswith("."), paper.key
@@ -90,6 +90,14 @@ def test_massive_activation_has_remedies_for_a_language_model() -> None:
     keys = [r.key for r in remedies("massive-activation", TRANSFORMER)]
     assert {"massive-refined", "osp", "dyt"} <= set(keys)
     assert "test-time-registers" not in keys
+
+
+def test_remedies_follow_the_kind_of_finding() -> None:
+    float16 = {r.key for r in remedies("precision-risk@float16", TRANSFORMER)}
+    int8 = {r.key for r in remedies("precision-risk@int8", TRANSFORMER)}
+    assert "outliertune" in int8 - float16
+    assert "peri-ln" in float16 - int8
+    assert float16 | int8 <= {r.key for r in remedies("precision-risk", TRANSFORMER)}
 
 
 def test_carried_method_stands_first_and_replaces_its_paper() -> None:

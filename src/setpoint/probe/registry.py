@@ -128,4 +128,4 @@ def with_remedies(finding: Finding, structure: Collection[str]) -> Finding:
     """The finding with the methods that treat it and accept a model of this structure."""
     from setpoint.catalog import methods
 
-    return replace(finding, remedies=remedies(finding.code, structure, methods))
+    return replace(finding, remedies=remedies(finding.id, structure, methods))

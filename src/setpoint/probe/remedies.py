@@ -26,7 +26,7 @@ class Paper:
     Args:
         key: The method's key.
         title, authors, year, arxiv: The paper.
-        treats: Finding codes.
+        treats: Finding codes, or whole ids where it treats one kind of a code's findings only.
         when: ``"now"`` on the model as it is, ``"training"`` when it is trained.
         does: What doing it means, in a few words.
         requires: Words of ``Trace.structure`` that a model must have; ``"a|b"`` means one of them.
@@ -67,11 +67,13 @@ def literature() -> Mapping[str, Paper]:
     return papers
 
 
-def remedies(code: str, structure: Collection[str], methods: Mapping[str, Method] | None = None) -> tuple[Remedy, ...]:
+def remedies(
+    finding: str, structure: Collection[str], methods: Mapping[str, Method] | None = None
+) -> tuple[Remedy, ...]:
     """Methods that treat a finding and accept the model: what can be applied now first, carried methods first.
 
     Args:
-        code: The finding's code.
+        finding: The finding's id, or its code for everything that treats any finding of the code.
         structure: What the model is made of (``Trace.structure``).
         methods: The catalogue; None for none.
 
@@ -85,10 +87,17 @@ def remedies(code: str, structure: Collection[str], methods: Mapping[str, Method
         ()
     """
     papers = literature()
+    code, _, place = finding.partition("@")
+
+    def treated(by: Collection[str]) -> bool:
+        if place:
+            return bool({code, finding} & set(by))
+        return any(t.partition("@")[0] == code for t in by)
+
     found: list[Remedy] = []
     carried: set[str] = set()
     for method in (methods or {}).values():
-        items = [item for item in method.items if item.kind != "check" and code in item.treats]
+        items = [item for item in method.items if item.kind != "check" and treated(item.treats)]
         if not items:
             continue
         carried.add(method.key)
@@ -97,7 +106,7 @@ def remedies(code: str, structure: Collection[str], methods: Mapping[str, Method
     found += [
         Remedy(paper.key, paper.does, paper.when, paper.reference)
         for paper in papers.values()
-        if code in paper.treats and paper.key not in carried and paper.accepts(structure)
+        if treated(paper.treats) and paper.key not in carried and paper.accepts(structure)
     ]
     return tuple(sorted(found, key=lambda r: (r.when == "training", not r.available)))
 
