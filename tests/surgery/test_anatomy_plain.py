@@ -55,7 +55,8 @@ def test_torch_encoder_roles(norm_first: bool) -> None:
         "layers.1.linear2",
     ]
     assert anatomy.head is None
-    assert anatomy.embeddings == anatomy.unread == ()
+    assert anatomy.embeddings == ()
+    assert anatomy.unread == ()
 
 
 def test_torch_pre_norm_encoder_feeds() -> None:
@@ -167,7 +168,7 @@ class Flat(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         for qkv, out, up, down in zip(self.qkv, self.out, self.up, self.down, strict=True):
             h = functional.layer_norm(x, (16,))
-            q, k, v = functional.linear(h, qkv).unflatten(-1, (3, 2, 8)).permute(2, 0, 3, 1, 4)
+            q, k, v = functional.linear(h, qkv).reshape(*h.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
             mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
             x = x + functional.linear(mixed.transpose(1, 2).flatten(-2), out)
             x = x + functional.relu(functional.layer_norm(x, (16,)) @ up) @ down

@@ -24,6 +24,7 @@ SMALL = {
 GROUPED = {**SMALL, "num_key_value_heads": 2}
 GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
 GPT2 |= {"bos_token_id": 1, "eos_token_id": 2}
+COUNTS = {"layers": 2, "attention_heads": 4, "ffn_dim": 48}
 VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 
 
@@ -35,7 +36,7 @@ def _quiet() -> Iterator[None]:
     transformers.logging.set_verbosity(level)
 
 
-def build(model: str, config: str, attention: str = "sdpa", **settings: Any) -> nn.Module:
+def build(model: str, config: str, attention: Any = "sdpa", **settings: Any) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         made = getattr(transformers, config)(**settings)
@@ -132,7 +133,8 @@ def test_llama_norms_feed_q_k_v_and_gate_up(implementation: str) -> None:
         ("model.layers.1.mlp.down_proj", 1, "feed_forward"),
     ]
     assert modules(*anatomy.embeddings, anatomy.head) == ["model.embed_tokens", "lm_head"]
-    assert anatomy.tied == anatomy.unread == ()
+    assert anatomy.tied == ()
+    assert anatomy.unread == ()
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
@@ -331,6 +333,22 @@ def test_t5_encoder_position_bias_does_not_write_to_the_stream() -> None:
         assert anatomy.feeds[f"{block.name}.layer.1.layer_norm"] == {f"{block.name}.layer.1.DenseReluDense.wi"}
     assert [module for module, block, _ in writers(anatomy) if block is None] == ["encoder.embed_tokens"]
     assert anatomy.tied == (("shared.weight", "encoder.embed_tokens.weight"),)
+
+
+def test_bart_encoder_keeps_its_last_norm_and_its_decoder_reads_across() -> None:
+    settings = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in COUNTS.items()}
+    settings |= {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 32, "decoder_start_token_id": 2}
+    model = build("BartModel", "BartConfig", **settings, bos_token_id=0, eos_token_id=2)
+    anatomy = read(model, {"input_ids": torch.arange(6)[None], "decoder_input_ids": torch.arange(4)[None]})
+    assert names(anatomy) == [f"{side}.layers.{i}" for side in ("encoder", "decoder") for i in range(2)]
+    assert [block.placement for block in anatomy.blocks] == ["post"] * 4
+    assert [roles(block) for block in anatomy.blocks] == [
+        *[["attention", "feed_forward"]] * 2,
+        *[["attention", "cross_attention", "feed_forward"]] * 2,
+    ]
+    assert anatomy.blocks[1].branches[1].after_norms == ("encoder.layers.1.final_layer_norm",)
+    across = {f"decoder.layers.{i}.encoder_attn.{n}_proj" for i in range(2) for n in "kv"}
+    assert anatomy.feeds["encoder.layers.1.final_layer_norm"] == across
 
 
 # images --------------------------------------------------------------------------------------------------------------

@@ -18,6 +18,8 @@ from setpoint.surgery.tape import unwrap
 class Net(nn.Module):
     """Batch norm and dropout, which both change something when they run in training mode."""
 
+    seen: Tensor
+
     def __init__(self, fails: bool = False) -> None:
         super().__init__()
         self.conv, self.norm = nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)
@@ -45,10 +47,10 @@ def state(model: nn.Module) -> dict[str, Any]:
         "modes": [m.training for m in model.modules()],
         "tensors": {name: (id(t), t.clone()) for name, t in (*model.named_parameters(), *model.named_buffers())},
         "gradients": [p.grad for p in model.parameters()],
-        "random": (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()),
+        "random": (random.getstate(), repr(np.random.get_state()), torch.get_rng_state()),
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "grad mode": torch.is_grad_enabled(),
-        "functions": (nn.functional.has_torch_function, nn.functional.has_torch_function_unary),
+        "functions": [vars(nn.functional)[name] for name in ("has_torch_function", "has_torch_function_unary")],
     }
 
 
@@ -141,7 +143,7 @@ def test_batches_as_tensor_tuple_mapping_and_own_forward(image: Tensor) -> None:
 
 def test_a_compiled_wrapper_is_looked_through(image: Tensor) -> None:
     model = Net().eval()
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     assert unwrap(compiled) is model
     assert Anatomy.trace(compiled, image).feeds == Anatomy.trace(model, image).feeds
 

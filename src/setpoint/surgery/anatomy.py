@@ -106,10 +106,10 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
     additions = find_additions(graph)
     final = next((v for v in graph.tape.outputs if v.floating), None)
     for addition, following in zip_longest(additions, additions[1:]):
-        later = following.stream if following is not None else None
-        addition.branches = read_branches(graph, addition, later, reads)
-        if following is None:
-            addition.branches = _without_final_norm(addition.branches, additions)
+        ends = following is None or not graph.ancestors[following.source.index] & bit(addition.output)
+        addition.branches = read_branches(graph, addition, None if ends else following.stream, reads)
+        if ends:  # of the model, or of an encoder before its decoder
+            addition.branches = _without_final_norm(addition.branches, additions[: additions.index(addition)])
     calls: dict[str, int] = {}
     for read in reads:
         calls[read.name] = calls.get(read.name, 0) + 1
@@ -157,9 +157,9 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
     return anatomy
 
 
-def _without_final_norm(branches: list[Branch], additions: list[Addition]) -> list[Branch]:
+def _without_final_norm(branches: list[Branch], earlier: list[Addition]) -> list[Branch]:
     """Behind the last addition a block keeps as many norms as stand behind the others; one more is the model's own."""
-    before = [branch for addition in additions[:-1] for branch in addition.branches]
+    before = [branch for addition in earlier for branch in addition.branches]
     if before:
         usual = max(len(branch.after_norms) for branch in before)
     else:
