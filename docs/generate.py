@@ -90,7 +90,7 @@ def _remedies(code: str) -> Iterator[str]:
         yield from (f"- {i.does} [`{i.id}`](methods.md#{m.key}), {m.reference}" for m, i in fixes)
         yield ""
     carried = {method.key for method, _ in fixes}
-    papers = [paper for paper in literature().values() if code in paper.treats and paper.key not in carried]
+    papers = [paper for paper in literature().values() if code in paper.codes and paper.key not in carried]
     for when, words in (("now", "on the model as it is"), ("training", "when it is trained")):
         chosen = [paper for paper in papers if paper.when == when]
         if chosen:

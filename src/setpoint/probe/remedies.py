@@ -51,6 +51,11 @@ class Paper:
         )
 
     @property
+    def codes(self) -> frozenset[str]:
+        """The codes of the findings it treats."""
+        return frozenset(treated.partition("@")[0] for treated in self.treats)
+
+    @property
     def reference(self) -> str:
         """Authors, year and arXiv number in one line."""
         return f"{self.authors}, {self.year} · arXiv {self.arxiv}"
