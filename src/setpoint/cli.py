@@ -221,10 +221,10 @@ def show(
     key: Annotated[str, typer.Argument(help="A method's key, as in `setpoint list`.")], json: AsJson = False
 ) -> None:
     """Show one method: its paper, what it does, how to call it, what its proof gave."""
-    from setpoint.catalog import methods
+    from setpoint.catalog import find
     from setpoint.catalog.listing import as_json, render_method
 
-    method = methods[key]
+    method = find(key)
     if json:
         sys.stdout.write(as_json([method]) + "\n")
     else:
