@@ -28,7 +28,8 @@ SATURATED = 0.999
 MASKED = 9_000.0
 """In eager attention, a key whose logit lies this far below the row's largest was masked, not chosen against."""
 
-_HIDDEN = -1e30
+_FAR = 1e30
+_LOG2_E = math.log2(math.e)
 _VALUES = 1 << 21
 _SOFTMAX = frozenset({functional.softmax, torch.softmax, Tensor.softmax})
 
@@ -127,15 +128,18 @@ def row_statistics(logits: Tensor, hidden: Tensor | None, usable: Tensor | None)
         visible = torch.full((1, 1, 1), float(keys), device=logits.device)
         lowest = logits.amin((0, 2, 3))
     else:
+        # Adding a huge number where a key is masked is several times quicker than filling by a broadcast mask.
+        away = hidden.float().mul_(_FAR)
         visible = keys - hidden.expand(*hidden.shape[:-1], keys).sum(-1, dtype=torch.float32)
-        lowest = logits.masked_fill_(hidden, 0.0).amin((0, 2, 3))
-        logits.masked_fill_(hidden, _HIDDEN)
+        lowest = logits.add_(away).amin((0, 2, 3))
+        logits.sub_(away, alpha=2)
     top = logits.amax(-1, keepdim=True)
     highest = top.amax((0, 2, 3))
-    weights = torch.exp(logits.sub_(top))
+    # exp is up to 20 times slower than exp2 on a CPU where it underflows, as it does at every masked key.
+    weights = torch.exp2(logits.sub_(top).mul_(_LOG2_E))
     total = weights.sum(-1)
     sink = weights[..., 0] / total
-    spread = logits.mul_(weights).sum(-1)  # a masked key gives -1e30 · 0
+    spread = logits.mul_(weights).sum(-1) / _LOG2_E  # a masked key gives -1e30 · 0
     entropy = (total.log() - spread / total) / visible.clamp(min=2).log()
     counted = (visible > 1).expand(batch, heads, rows) & entropy.isfinite()
     if usable is not None:
@@ -144,7 +148,7 @@ def row_statistics(logits: Tensor, hidden: Tensor | None, usable: Tensor | None)
     columns = (counted, entropy, sink, largest, largest > SATURATED)
     sums = torch.stack([torch.where(counted, c, 0.0).sum((0, 2), dtype=torch.float64) for c in columns])
     count, entropies, sinks, largests, saturated = sums.cpu().numpy()
-    logit_max = torch.maximum(highest.clamp(min=0.0), -lowest)
+    logit_max = torch.maximum(highest.clamp(min=0.0), -lowest.clamp(max=0.0))
     return AttentionStatistics(
         rows=count,
         entropy=entropies,
@@ -173,7 +177,7 @@ def logit_statistics(logits: Tensor, heads: int | None, rows: int, valid: Tensor
     total = None
     step = max(1, _VALUES // max(logits.shape[1] * len(chosen) * logits.shape[3], 1))
     for start in range(0, logits.shape[0], step):
-        part = logits[start : start + step].index_select(2, chosen).float()
+        part = logits[start : start + step].index_select(2, chosen).float().clamp_(min=-_FAR / 10)
         hidden = part < part.amax(-1, keepdim=True) - MASKED
         usable = None if valid is None else valid[start : start + step].index_select(1, chosen)
         sums = row_statistics(part, hidden, usable)
