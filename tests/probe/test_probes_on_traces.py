@@ -223,9 +223,9 @@ def test_channels_that_start_at_one_block_are_one_finding() -> None:
 # outlier-channels
 
 
-def tailed(kurtosis: float, largest: list[float], rms: list[float] | None = None) -> Trace:
+def tailed(kurtosis: float, largest: list[float], rms: list[float] | None = None, role: SiteRole = "norm") -> Trace:
     record = Record(
-        site("block.0", block=0),
+        site("place.0", role, 0),
         variance=2.0,
         fourth_moment=4.0 * (kurtosis + 3),
         channel_max=np.array(largest),
@@ -244,6 +244,10 @@ def test_outlier_channel_is_named_with_its_ratio() -> None:
 
 def test_heavy_tail_below_the_ruinous_kurtosis_is_info() -> None:
     assert only(OutlierChannels()(tailed(100.0, [2.0] * 9 + [90.0]))).severity == "info"
+
+
+def test_heavy_tail_in_the_stream_itself_is_info() -> None:
+    assert only(OutlierChannels()(tailed(500.0, [2.0] * 9 + [90.0], role="residual"))).severity == "info"
 
 
 def test_tail_made_by_few_tokens_is_left_to_massive_activation() -> None:

@@ -47,9 +47,10 @@ class OutlierChannels(Probe):
     """Heavy tails that sit in particular channels, in the residual stream and behind the norms.
 
     A site counts when its excess kurtosis is above ``heavy`` and at least one channel's largest magnitude is above
-    ``channel`` times the median channel's. ``warning`` when the mean kurtosis over all sites of the kind is above
-    ``ruinous``, ``info`` otherwise. Sites whose tail is made by one or two tokens of a sequence don't count towards a
-    warning: those are `massive-activation`'s to judge.
+    ``channel`` times the median channel's. ``warning`` when the mean kurtosis over all norm outputs, which is what
+    matrix products read and quantization rounds, is above ``ruinous``; ``info`` otherwise, and always in the stream
+    itself. Sites whose tail is made by one or two tokens of a sequence don't count towards a warning: those are
+    `massive-activation`'s to judge.
 
     Args:
         heavy: Excess kurtosis of a heavy tail (Park et al., 2025, Table 2: at 67 four-bit perplexity had doubled).
@@ -111,7 +112,7 @@ class OutlierChannels(Probe):
         brief = {hit.record.site.name for hit in hits if hit.brief}
         judged = [k for r in trace.by_role(role) if r.site.name not in brief and known(k := r.kurtosis)]
         mean = sum(k for k in judged if k is not None) / max(len(judged), 1)
-        severity: Severity = "warning" if lasting and mean > self.ruinous else "info"
+        severity: Severity = "warning" if role == "norm" and lasting and mean > self.ruinous else "info"
         shown = lasting or hits
         worst = max(shown, key=lambda hit: hit.kurtosis)
         often = Counter(c for hit in shown for c in hit.ratios)
