@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from setpoint.loading import batches_for, load
 from setpoint.probe import CHEAP, Recorder
 from setpoint.probe.recorder_attention import attention_statistics
-from setpoint.probe.stat_kernels import Scratch, observe
+from setpoint.probe.stat_observe import observe
+from setpoint.probe.stat_scratch import Scratch
 from setpoint.probe.statistics import Peaks, SiteStatistics
 from setpoint.surgery import Anatomy
 from setpoint.types import Loaded, Site, Stat

@@ -17,6 +17,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -27,7 +28,9 @@ from setpoint.errors import InputError, nearest
 from setpoint.probe.recorder_attention import CoreListener
 from setpoint.probe.recorder_gradient import ParameterWatch, gather, in_backward, watch_gradient
 from setpoint.probe.recorder_inputs import Inputs, tensors_of
-from setpoint.probe.stat_kernels import Scratch, Stream, observe, sum_of_squares
+from setpoint.probe.stat_kernels import sum_of_squares
+from setpoint.probe.stat_observe import observe
+from setpoint.probe.stat_scratch import Scratch
 from setpoint.probe.statistics import AttentionStatistics, Magnitudes, Peaks, SiteStatistics, merge_sites
 from setpoint.types import Site, SiteRole, Stat, Task, Trace
 
@@ -99,7 +102,7 @@ class Recorder:
         self._scratch = Scratch()
         self._inputs = Inputs(groups or {})
         self._calls: dict[str, int] = defaultdict(int)
-        self._stream: Stream | None = None
+        self._stream: _Stream | None = None
         self._cores: list[_Cores] = []
         self._listener = CoreListener(self._core_found, query_rows, self._inputs.valid_queries)
         self._order: dict[str, None] = {}
@@ -296,7 +299,7 @@ class Recorder:
         )
         if self._keeps_stream and site.role in _STREAM_ROLES:
             kept = self._scratch.flat("stream", rows.numel(), rows, rows.dtype).view(rows.shape)
-            self._stream = Stream(kept.copy_(rows), site.block)
+            self._stream = _Stream(kept.copy_(rows), site.block)
 
     def _core_found(self, compute: Callable[[], AttentionStatistics]) -> None:
         site = self._cores[-1].next() if self._cores else None
@@ -356,6 +359,18 @@ class Recorder:
             self._order.update(dict.fromkeys(order))
             self.sequences += sequences
             self.tokens += tokens
+
+
+@dataclass(slots=True)
+class _Stream:
+    """The residual stream as the last site left it: what the next block starts from.
+
+    ``values``, shape ``(positions, channels)``, are a copy in a buffer that is reused, since models may add in place;
+    ``block`` is the index of the block that wrote it, None for the embedding.
+    """
+
+    values: Tensor
+    block: int | None
 
 
 class _Cores:

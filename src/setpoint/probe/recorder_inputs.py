@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from setpoint.errors import InputError
-from setpoint.probe.stat_kernels import Selection
+from setpoint.probe.stat_observe import Selection
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
