@@ -15,6 +15,7 @@ output; with transformer-lens installed, that is timed too, on its own model.
 from __future__ import annotations
 
 import argparse
+import gc
 import subprocess
 import sys
 from collections import Counter
@@ -28,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.loading import batches_for, load
-from setpoint.probe import CHEAP, Recorder
+from setpoint.probe import Recorder, registry
 from setpoint.probe.recorder_attention import attention_statistics
 from setpoint.probe.stat_observe import observe
 from setpoint.probe.stat_scratch import Scratch
@@ -38,9 +39,11 @@ from setpoint.types import Loaded, Site, Stat
 
 AIM, AIM_MEGABYTES, TRUST = 1.10, 64, 0.02
 MEGA = 1 << 20
+NEEDS = registry.needs(registry.probes_for())
+"""What `setpoint check` records: the statistics that all probes together read."""
 
 # Reads and writes of a site's values (in float32) for each statistic; per-channel sums replace the plain ones.
-MOVES = {Stat.MOMENTS: 8, Stat.MEDIAN: 4, Stat.PEAKS: 0, Stat.CHANNELS: 0, Stat.ZEROS: 3, Stat.COSINE: 2, Stat.STEP: 12}
+MOVES = {Stat.MOMENTS: 3, Stat.TAILS: 3, Stat.MEDIAN: 4, Stat.CHANNELS: 3, Stat.ZEROS: 1, Stat.COSINE: 2, Stat.STEP: 9}
 
 
 class Cache:
@@ -80,7 +83,7 @@ def variants(loaded: Loaded, batch: Any, sites: tuple[Site, ...]) -> dict[str, C
         loaded.forward(loaded.model, batch)
 
     def recorded() -> Recorder:
-        with Recorder(loaded.model, sites, needs=CHEAP) as recorder:
+        with Recorder(loaded.model, sites, needs=NEEDS) as recorder:
             loaded.forward(loaded.model, batch)
         return recorder
 
@@ -141,30 +144,30 @@ def best(run: Callable[[], Any], repeats: int = 50) -> float:
 
 def per_site(loaded: Loaded, batch: Any, sites: tuple[Site, ...]) -> None:
     """Bytes moved and microseconds for one site of each role, alone and warm."""
-    recorder = Recorder(loaded.model, sites, needs=CHEAP)
+    recorder = Recorder(loaded.model, sites, needs=NEEDS)
     with recorder, torch.no_grad():
         loaded.forward(loaded.model, batch)
     widths = {}
     for record in recorder.trace().records.values():
         widths[record.site.role] = (record.tokens, record.count // record.tokens)
-    counts = Counter(site.role for site in sites)
+    counts = Counter(site.role for site in sites if NEEDS.get(site.role))
     print(f"\n{'role':12} {'sites':>5} {'values':>16} {'moved/site':>11} {'us/site':>8} {'ms in all':>10}")
     scratch = Scratch()
     for role, (tokens, width) in widths.items():
         values, before = torch.randn(tokens, width), torch.randn(tokens, width)
-        statistics = SiteStatistics(CHEAP[role], Peaks(8))
+        statistics = SiteStatistics(NEEDS[role], Peaks(8))
         stream = before if role == "residual" else None
         cost = best(lambda v=values, s=statistics, b=stream: observe(v, len(v), s, scratch, stream=b))
-        moved = sum(MOVES[stat] for stat in CHEAP[role]) * values.nbytes / MEGA
+        moved = sum(MOVES.get(stat, 0) for stat in NEEDS[role]) * values.nbytes / MEGA
         total = cost * counts[role] / 1e3
         shape = f"{tokens} x {width}"
         print(f"{role:12} {counts[role]:5} {shape:>16} {moved:8.1f} MB {cost:8.0f} {total:10.1f}")
     config = loaded.model.config
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k = torch.randn(1, heads, tokens, head_dim), torch.randn(1, kv_heads, tokens, head_dim)
-    cost = best(lambda: attention_statistics(q, k, causal=True))
-    logits = 64 * heads * tokens * 4 * 13 / MEGA
-    shape = f"{heads} x 64 x {tokens}"
+    cost = best(lambda: attention_statistics(q, k, causal=True, rows=32))
+    logits = 32 * heads * tokens * 4 * 13 / MEGA
+    shape = f"{heads} x 32 x {tokens}"
     total = cost * counts["attention"] / 1e3
     print(f"{'attention':12} {counts['attention']:5} {shape:>16} {logits:8.1f} MB {cost:8.0f} {total:10.1f}")
 
@@ -199,6 +202,7 @@ def compare(loaded: Loaded, batch: Any, sites: tuple[Site, ...], arguments: argp
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(max(7, arguments.rounds)):
         for name, run in runs.items():
+            gc.collect()  # so that nobody pays for what an earlier run left behind
             times[name].append(timed(run))
     medians = {name: median(found) for name, found in times.items()}
     base = median([*times["plain"], *times["plain again"]])

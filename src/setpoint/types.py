@@ -380,7 +380,9 @@ class Stat(StrEnum):
     """A statistic that the recorder can take at a site; probes name the ones they need."""
 
     MOMENTS = "moments"
-    """mean, variance, rms, fourth moment, min, max, non-finite share; over all values of the site."""
+    """mean, variance, rms, min, max, non-finite share; over all values of the site."""
+    TAILS = "tails"
+    """the fourth central moment, and with it the kurtosis; costs as much again as MOMENTS."""
     MEDIAN = "median"
     """median of the magnitudes, from a histogram of floating-point exponents unless the recorder is exact."""
     PEAKS = "peaks"

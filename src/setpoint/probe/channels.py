@@ -68,7 +68,7 @@ class OutlierChannels(Probe):
 
     code: ClassVar[str] = "outlier-channels"
     title: ClassVar[str] = "A few channels reach far beyond all others"
-    needs: ClassVar[Needs] = {role: frozenset({Stat.MOMENTS, Stat.CHANNELS}) for role in _ROLES}
+    needs: ClassVar[Needs] = {role: frozenset({Stat.MOMENTS, Stat.TAILS, Stat.CHANNELS}) for role in _ROLES}
     explanation: ClassVar[str] = (
         "Some channels carry values many times larger than those of the typical channel. The network itself copes "
         "with it; rounding to few bits does not, because one scale per tensor or per token has to cover the largest "

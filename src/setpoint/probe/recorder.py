@@ -17,12 +17,12 @@ from setpoint.types import Site, SiteRole, Stat, Task, Trace
 if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
 
-_STREAM = frozenset({Stat.MOMENTS, Stat.MEDIAN, Stat.PEAKS, Stat.CHANNELS, Stat.COSINE, Stat.STEP})
+_STREAM = frozenset({Stat.MOMENTS, Stat.TAILS, Stat.MEDIAN, Stat.PEAKS, Stat.CHANNELS, Stat.COSINE, Stat.STEP})
 CHEAP: Mapping[SiteRole, frozenset[Stat]] = {
     "embedding": _STREAM,
     "residual": _STREAM,
     "branch": frozenset({Stat.MOMENTS}),
-    "norm": frozenset({Stat.MOMENTS, Stat.CHANNELS}),
+    "norm": frozenset({Stat.MOMENTS, Stat.TAILS, Stat.CHANNELS}),
     "hidden": frozenset({Stat.MOMENTS, Stat.CHANNELS, Stat.ZEROS}),
     "convolution": frozenset({Stat.MOMENTS, Stat.CHANNELS, Stat.ZEROS}),
     "attention": frozenset({Stat.ATTENTION}),

@@ -29,7 +29,7 @@ from setpoint.probe.recorder_attention import CoreListener
 from setpoint.probe.recorder_gradient import ParameterWatch, gather, in_backward, watch_gradient
 from setpoint.probe.recorder_inputs import Inputs, tensors_of
 from setpoint.probe.stat_kernels import sum_of_squares
-from setpoint.probe.stat_observe import observe
+from setpoint.probe.stat_observe import Stream, observe
 from setpoint.probe.stat_scratch import Scratch
 from setpoint.probe.statistics import AttentionStatistics, Magnitudes, Peaks, SiteStatistics, merge_sites
 from setpoint.types import Site, SiteRole, Stat, Task, Trace
@@ -76,7 +76,7 @@ class Recorder:
         groups: Groups | None = None,
         top_k: int = 8,
         exact: bool = False,
-        query_rows: int = 64,
+        query_rows: int = 32,
     ) -> None:
         self.model = unwrap(model)
         if self.model is not model and is_compiled(model):
@@ -102,7 +102,7 @@ class Recorder:
         self._scratch = Scratch()
         self._inputs = Inputs(groups or {})
         self._calls: dict[str, int] = defaultdict(int)
-        self._stream: _Stream | None = None
+        self._stream: _Written | None = None
         self._cores: list[_Cores] = []
         self._listener = CoreListener(self._core_found, query_rows, self._inputs.valid_queries)
         self._order: dict[str, None] = {}
@@ -288,18 +288,18 @@ class Recorder:
         rows = values.reshape(-1, width)
         before = self._stream
         follows = before is not None and before.block in (None, (site.block or 0) - 1) and site.role == "residual"
-        observe(
+        squares = observe(
             rows,
             length,
             statistics,
             self._scratch,
             first_sequence=first,
             selection=self._inputs.select(values, groups),
-            stream=before.values if before is not None and follows and before.values.shape == rows.shape else None,
+            stream=before.stream if before and follows and before.stream.values.shape == rows.shape else None,
         )
         if self._keeps_stream and site.role in _STREAM_ROLES:
             kept = self._scratch.flat("stream", rows.numel(), rows, rows.dtype).view(rows.shape)
-            self._stream = _Stream(kept.copy_(rows), site.block)
+            self._stream = _Written(Stream(kept.copy_(rows), squares), site.block)
 
     def _core_found(self, compute: Callable[[], AttentionStatistics]) -> None:
         site = self._cores[-1].next() if self._cores else None
@@ -362,14 +362,14 @@ class Recorder:
 
 
 @dataclass(slots=True)
-class _Stream:
+class _Written:
     """The residual stream as the last site left it: what the next block starts from.
 
-    ``values``, shape ``(positions, channels)``, are a copy in a buffer that is reused, since models may add in place;
-    ``block`` is the index of the block that wrote it, None for the embedding.
+    Its values are a copy in a buffer that is reused, since models may add in place; ``block`` is the index of the
+    block that wrote it, None for the embedding.
     """
 
-    values: Tensor
+    stream: Stream
     block: int | None
 
 

@@ -4,7 +4,7 @@ Eager PyTorch runs a reduction at memory speed when it is a BLAS call or a reduc
 times slower otherwise, so everything is phrased in those: with x of shape (rows, channels) and its square in a scratch
 buffer,
 
-    sums            1ᵀx, 1ᵀx²           one matrix-vector product each
+    sums            1ᵀx, 1ᵀx²           one matrix-vector product each, by column: quick, and exact beside a huge entry
     third, fourth   x·x², x²·x²         dot products of the flattened chunk
     extremes        max and min down the rows; the largest magnitude of a channel is the larger of the two
     row norms       x²1
@@ -65,15 +65,20 @@ def reduce_chunk(x: Tensor, wanted: frozenset[Stat], per_row: bool, scratch: Scr
     """
     space, flat = scratch.workspace(x), x.view(-1)
     total, squares, top, bottom = space.parts
-    torch.mul(x, x, out=space.square)
-    torch.mm(space.ones, x, out=total)  # by column even when only their sum is wanted: quicker and more exact
-    torch.mm(space.ones, space.square, out=squares)
-    torch.dot(flat, space.flat, out=space.third)
-    torch.dot(space.flat, space.flat, out=space.fourth)
     per_channel = bool(wanted & _PER_CHANNEL)
+    # What reads x alone comes first, while x is in cache; the square then takes its place.
     if per_channel:
         torch.amax(x, 0, out=top)
         torch.amin(x, 0, out=bottom)
+    torch.mm(space.ones, x, out=total)
+    torch.mul(x, x, out=space.square)
+    torch.mm(space.ones, space.square, out=squares)
+    s3 = s4 = 0.0
+    if Stat.TAILS in wanted:
+        torch.dot(flat, space.flat, out=space.third)
+        torch.dot(space.flat, space.flat, out=space.fourth)
+        s3, s4 = space.powers.tolist()
+    if per_channel:
         t, s, high, low = to_numpy(space.sums)
         maximum, minimum = float(high.max()), float(low.min())
     else:
@@ -81,18 +86,42 @@ def reduce_chunk(x: Tensor, wanted: frozenset[Stat], per_row: bool, scratch: Scr
         lowest, highest = torch.aminmax(x)
         maximum, minimum = float(highest), float(lowest)
     s1, s2 = float(t.sum()), float(s.sum())
-    s3, s4 = space.powers.tolist()
-    rms = math.sqrt(s2 / x.numel()) if math.isfinite(s2) else math.inf
-    if not math.isfinite(s1 + s4) or (rms < _TINY and maximum > minimum):
+    if not _sound(s2, s4, x.numel(), minimum, maximum):
         return reduce_carefully(x, wanted, per_row)
     moments = Moments.from_sums(x.numel(), (s1, s2, s3, s4), minimum, maximum)
-    if abs(moments.mean) > 0.5 * rms:
+    if abs(moments.mean) > 0.5 * math.sqrt(s2 / x.numel()):
         moments = _about_the_mean(x, moments, scratch)
     return Chunk(
         moments,
         Channels(np.full(len(t), float(len(x))), t, s, np.maximum(high, -low)) if per_channel else None,
         to_numpy(torch.mv(space.square, space.column)) if per_row else None,
     )
+
+
+def reduce_plainly(x: Tensor, scratch: Scratch) -> Moments:
+    """Mean, variance and extremes of a chunk without a square being written: all that `Stat.MOMENTS` alone needs.
+
+    Args:
+        x: Shape ``(rows, width)``, float32, contiguous; what stands in rows and columns does not matter.
+        scratch: Buffers.
+    """
+    space = scratch.workspace(x)
+    lowest, highest = torch.aminmax(x)
+    torch.mm(space.ones, x, out=space.parts[0])
+    norms = torch.linalg.vector_norm(x, dim=1)  # by row, so that a huge entry costs its own row's digits only
+    s1, s2 = float(to_numpy(space.parts[0]).sum()), float(np.square(to_numpy(norms)).sum())
+    maximum, minimum = float(highest), float(lowest)
+    if not _sound(s2, 0.0, x.numel(), minimum, maximum):
+        return reduce_carefully(x, frozenset(), False).moments
+    moments = Moments.from_sums(x.numel(), (s1, s2, 0.0, 0.0), minimum, maximum)
+    if abs(moments.mean) > 0.5 * math.sqrt(s2 / x.numel()):
+        moments = _about_the_mean(x, moments, scratch)
+    return moments
+
+
+def _sound(s2: float, s4: float, count: int, minimum: float, maximum: float) -> bool:
+    """Whether sums of squares and fourth powers neither overflowed nor underflowed, and met no infinity or NaN."""
+    return math.isfinite(s2 + s4) and (s2 > _TINY**2 * count or minimum == maximum)
 
 
 def _about_the_mean(x: Tensor, rough: Moments, scratch: Scratch) -> Moments:

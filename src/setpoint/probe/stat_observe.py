@@ -10,12 +10,33 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setpoint.probe.stat_kernels import Chunk, count_magnitudes, count_nonzero, largest_entries, reduce_chunk
+from setpoint.probe.stat_kernels import (
+    Chunk,
+    count_magnitudes,
+    count_nonzero,
+    largest_entries,
+    reduce_chunk,
+    reduce_plainly,
+)
 from setpoint.probe.stat_scratch import Scratch, chunk_rows, to_numpy
 from setpoint.probe.statistics import Array, Counts, Group, SiteStatistics
 from setpoint.types import Stat
 
 _PER_ROW = frozenset({Stat.COSINE, Stat.STEP})
+_PLAIN = frozenset({Stat.MOMENTS, Stat.GRADIENT})
+
+
+@dataclass(slots=True)
+class Stream:
+    """The residual stream as a block finds it.
+
+    Args:
+        values: Shape ``(positions, channels)``.
+        squares: Squared norms of the rows that counted, if they were computed.
+    """
+
+    values: Tensor
+    squares: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +60,8 @@ def observe(
     *,
     first_sequence: int = 0,
     selection: Selection | None = None,
-    stream: Tensor | None = None,
-) -> None:
+    stream: Stream | None = None,
+) -> Array | None:
     """Add one batch's values of a site to its statistics.
 
     Args:
@@ -50,14 +71,21 @@ def observe(
         scratch: Buffers.
         first_sequence: Number of the first sequence, for the positions of peaks.
         selection: Padding and token groups.
-        stream: Shape of ``values``: the block's input, for `Stat.STEP`.
+        stream: The block's input, of the shape of ``values``, for `Stat.STEP`.
+
+    Returns:
+        Squared norms of the rows that counted, None if no statistic needed them.
     """
     selection = selection or Selection()
     keep, groups = selection.keep, selection.groups or {}
     count = values.shape[0] if keep is None else keep.numel()
     step = chunk_rows(values.shape[1], values.device)
     wanted = statistics.wanted
+    if wanted <= _PLAIN and keep is None and not groups:
+        _observe_plainly(values, statistics, scratch)
+        return None
     per_row = bool(wanted & _PER_ROW or groups)
+    squares: list[Array] = []
     directions = _Directions(statistics, length) if Stat.COSINE in wanted else None
     for start in range(0, count, step):
         stop = min(start + step, count)
@@ -80,17 +108,34 @@ def observe(
             statistics.zeros += x.numel() - float(active.sum())
         if chunk.row_squares is None:
             continue
+        squares.append(chunk.row_squares)
         if directions is not None:
             directions.add(x if chunk.finite else _without_infinities(x), chunk.row_squares, positions)
         angles = None
         if Stat.STEP in wanted and stream is not None:
-            before = _load(stream, start, stop, chosen, "stream", scratch)
-            angles = _add_step(x, before, chunk.row_squares, statistics, scratch)
+            before = _load(stream.values, start, stop, chosen, "stream", scratch)
+            given = None if stream.squares is None else stream.squares[start:stop]
+            angles = _add_step(x, before, chunk.row_squares, given, statistics, scratch)
         for name, mask in groups.items():
             inside = (mask[start:stop] if chosen is None else mask[chosen]).cpu().numpy()
             _add_group(statistics.groups.setdefault(name, Group()), chunk.row_squares, angles, inside)
     if directions is not None:
         directions.finish()
+    return np.concatenate(squares) if squares else None
+
+
+def _observe_plainly(values: Tensor, statistics: SiteStatistics, scratch: Scratch) -> None:
+    """Moments alone. Wide rows, as of logits, are folded: sums by column then have few columns and many rows."""
+    statistics.tokens += len(values)
+    width = values.shape[1]
+    while width > 1024 and width % 2 == 0:
+        width //= 2
+    if width != values.shape[1]:
+        values = values.reshape(-1, width)
+    step = chunk_rows(width, values.device)
+    for start in range(0, len(values), step):
+        x = _load(values, start, min(start + step, len(values)), None, "values", scratch)
+        statistics.moments.add(reduce_plainly(x, scratch))
 
 
 def _load(values: Tensor, start: int, stop: int, chosen: Tensor | None, name: str, scratch: Scratch) -> Tensor:
@@ -175,7 +220,14 @@ def _pieces(positions: Counts, length: int) -> Iterator[tuple[int, int, int]]:
             yield sequence, edges[i], edges[i + 1]
 
 
-def _add_step(x: Tensor, before: Tensor, row_squares: Array, statistics: SiteStatistics, scratch: Scratch) -> Array:
+def _add_step(
+    x: Tensor,
+    before: Tensor,
+    row_squares: Array,
+    given: Array | None,
+    statistics: SiteStatistics,
+    scratch: Scratch,
+) -> Array:
     """Add the turn and the length of the step from ``before`` to ``x``; return each row's angle in degrees.
 
     The angle comes from the chord between the two unit vectors, |u - v|² = (|x - y|² - (|x| - |y|)²) / (|x||y|), which
@@ -183,7 +235,8 @@ def _add_step(x: Tensor, before: Tensor, row_squares: Array, statistics: SiteSta
     """
     space = scratch.workspace(x)
     buffer = space.square
-    given = to_numpy(torch.mv(torch.mul(before, before, out=buffer), space.column))
+    if given is None:
+        given = to_numpy(torch.mv(torch.mul(before, before, out=buffer), space.column))
     torch.sub(x, before, out=buffer)
     taken = to_numpy(torch.mv(buffer.mul_(buffer), space.column))
     with np.errstate(divide="ignore", invalid="ignore"):

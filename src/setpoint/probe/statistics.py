@@ -309,10 +309,11 @@ class SiteStatistics:
                 mean=moments.mean,
                 variance=moments.variance,
                 rms=moments.rms,
-                fourth_moment=moments.fourth,
                 minimum=moments.minimum,
                 maximum=moments.maximum,
             )
+        if Stat.TAILS in wanted and moments.count:
+            values["fourth_moment"] = moments.fourth
         if Stat.MEDIAN in wanted and self.magnitudes is not None:
             values["median"], values["median_error"] = self.magnitudes.median()
         if Stat.PEAKS in wanted:

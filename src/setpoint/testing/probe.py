@@ -21,7 +21,8 @@ from setpoint.testing.traces import ailing_traces, convolutional_trace, empty_tr
 from setpoint.types import SEVERITIES, AttentionRecord, Chart, Finding, Record, SiteRole, Stat, Trace
 
 FIELDS_OF: Mapping[Stat, tuple[str, ...]] = {
-    Stat.MOMENTS: ("mean", "variance", "rms", "fourth_moment", "minimum", "maximum", "non_finite"),
+    Stat.MOMENTS: ("mean", "variance", "rms", "minimum", "maximum", "non_finite"),
+    Stat.TAILS: ("fourth_moment",),
     Stat.MEDIAN: ("median", "median_error"),
     Stat.PEAKS: ("peaks",),
     Stat.CHANNELS: ("channel_mean", "channel_rms", "channel_max"),
