@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from setpoint.loading import batches_for, load
 from setpoint.probe import Recorder, registry
-from setpoint.probe.recorder_attention import attention_statistics
+from setpoint.probe.recorder_attention import attention_rows
 from setpoint.probe.stat_observe import observe
 from setpoint.probe.stat_scratch import Scratch
 from setpoint.probe.statistics import Peaks, SiteStatistics
@@ -165,7 +165,7 @@ def per_site(loaded: Loaded, batch: Any, sites: tuple[Site, ...]) -> None:
     config = loaded.model.config
     heads, kv_heads, head_dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     q, k = torch.randn(1, heads, tokens, head_dim), torch.randn(1, kv_heads, tokens, head_dim)
-    cost = best(lambda: attention_statistics(q, k, causal=True, rows=32))
+    cost = best(lambda: attention_rows(q, k, causal=True, rows=32))
     logits = 32 * heads * tokens * 4 * 13 / MEGA
     shape = f"{heads} x 32 x {tokens}"
     total = cost * counts["attention"] / 1e3

@@ -79,6 +79,7 @@ if __name__ == "__main__":
     found = main(rank, world)
     if rank == 0:
         json.dump(found, open(out, "w"))
+    dist.barrier()
     dist.destroy_process_group()
 '''
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from setpoint.probe.stat_kernels import largest_entries, reduce_chunk, sum_of_squares
+from setpoint.probe.stat_kernels import sum_of_squares
 from setpoint.probe.stat_observe import Selection, Stream, observe
 from setpoint.probe.stat_scratch import Scratch, chunk_rows
 from setpoint.probe.statistics import BINS, MANTISSA_BITS, Magnitudes, Moments, Peaks, SiteStatistics, bin_edge
@@ -175,9 +175,10 @@ def test_peaks_are_the_largest_entries_with_their_places() -> None:
 @settings(max_examples=60, deadline=None)
 def test_peaks_found_by_channel_are_the_peaks(seed: int, size: int) -> None:
     x = torch.randn(9, 11, generator=torch.Generator().manual_seed(seed)).mul(4).round()  # with ties
-    found = largest_entries(x, x.abs().amax(0).double().numpy(), size, -1.0)
-    assert found is not None
-    assert np.abs(found[:, 0]).tolist() == x.abs().flatten().double().topk(min(size, 99)).values.tolist()
+    statistics = SiteStatistics(frozenset({Stat.PEAKS}), Peaks(size))
+    observe(x, 9, statistics, Scratch())
+    found = np.abs(statistics.peaks.rows[:, 0]).tolist()
+    assert found == x.abs().flatten().double().topk(min(size, 99)).values.tolist()
 
 
 def test_per_channel_figures_match_their_definition() -> None:
@@ -308,10 +309,24 @@ def test_scratch_stays_small_however_many_values_pass() -> None:
 
 
 def test_scratch_made_under_inference_mode_serves_outside_it() -> None:
-    scratch = Scratch()
+    scratch, statistics = Scratch(), SiteStatistics(EVERYTHING, Peaks(8))
     with torch.inference_mode():
-        reduce_chunk(torch.randn(8, 4), EVERYTHING, True, scratch)
-    reduce_chunk(torch.randn(8, 4), EVERYTHING, True, scratch)
+        observe(torch.randn(8, 4), 8, statistics, scratch)
+    observe(torch.randn(8, 4), 8, statistics, scratch)
+
+
+def test_work_put_off_gives_what_work_done_at_once_gives() -> None:
+    values, before = torch.randn(3, 40, 12), torch.randn(3, 40, 12)
+    later: list[Any] = []
+    statistics = SiteStatistics(EVERYTHING, Peaks(8))
+    observe(values.flatten(0, 1), 40, statistics, Scratch(), later=later, stream=Stream(before.flatten(0, 1)))
+    assert statistics.tokens == 0
+    for settle in later:
+        settle()
+    put_off, at_once = statistics.record(SITE), observed(values, stream=Stream(before.flatten(0, 1)))
+    assert put_off.peaks == at_once.peaks
+    for name in ("mean", "variance", "fourth_moment", "median", "cosine", "angle", "step_ratio", "zeros", "tokens"):
+        assert getattr(put_off, name) == pytest.approx(getattr(at_once, name), rel=1e-6), name
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1.0, 1e25])

@@ -1,7 +1,7 @@
 """What attention looks at, from the queries and keys as they enter its core.
 
 Fused attention never shows its weights, so a light `TorchFunctionMode` watches the calls inside an attention module:
-at ``scaled_dot_product_attention`` it takes about 64 query rows per head, spread over the sequence, and recomputes
+at ``scaled_dot_product_attention`` it takes about 32 query rows per head, spread over the sequence, and recomputes
 their masked softmax in float32; at a plain ``softmax`` over the last axis (eager attention) it reads the same rows of
 the logits. Cores are matched to sites by the module in whose call they run; if one module holds several, in order.
 
@@ -11,15 +11,19 @@ The mode is active inside the attention modules only, for calls that are recorde
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from types import FunctionType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from setpoint.probe.stat_scratch import to_numpy
 from setpoint.probe.statistics import AttentionStatistics
 
 SATURATED = 0.999
@@ -45,7 +49,77 @@ def spread_rows(length: int, count: int) -> Tensor:
     return ((torch.arange(count) + 0.5) * (length / count)).long()
 
 
-def attention_statistics(
+@dataclass(slots=True)
+class RowSums:
+    """What rows of attention weights were reduced to; `settle` turns it into statistics.
+
+    Args:
+        lowest: Shape ``(heads,)``: smallest visible logit.
+        top: Shape ``(batch, heads, rows)``: largest logit of a row.
+        total: The same shape: Σ exp(logit - top).
+        first: The same shape: the first key's share of that sum.
+        spread: The same shape: Σ (logit - top) exp(logit - top), in units of log 2.
+        visible: Broadcastable to the same shape: keys that a row sees.
+        usable: Shape ``(batch, rows)``: rows that count; None for all.
+    """
+
+    lowest: Tensor
+    top: Tensor
+    total: Tensor
+    first: Tensor
+    spread: Tensor
+    visible: Tensor
+    usable: Tensor | None
+
+    def settle(self) -> AttentionStatistics:
+        """Sums per head, over rows that see more than one key."""
+        top, total, first, spread, seen = (
+            to_numpy(t) for t in (self.top, self.total, self.first, self.spread, self.visible)
+        )
+        with np.errstate(divide="ignore", invalid="ignore"):
+            entropy = (np.log(total) - spread / _LOG2_E / total) / np.log(np.maximum(seen, 2))
+            largest = 1 / total
+            sink = first / total
+        counted = np.broadcast_to(seen > 1, total.shape) & np.isfinite(entropy)
+        if self.usable is not None:
+            counted = counted & self.usable.cpu().numpy()[:, None, :]
+        columns = (entropy, sink, largest, largest > SATURATED)
+        sums = [np.where(counted, column, 0.0).sum((0, 2)) for column in columns]
+        magnitude = np.maximum(np.maximum(top, 0.0).max((0, 2)), -np.minimum(to_numpy(self.lowest), 0.0))
+        return AttentionStatistics(
+            rows=counted.sum((0, 2)).astype(np.float64),
+            entropy=sums[0],
+            sink=sums[1],
+            largest=sums[2],
+            saturated=sums[3],
+            logit_max=np.nan_to_num(magnitude, nan=math.inf, posinf=math.inf),
+            keys=int(seen.max()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """Which keys are out of sight: ``away`` is 1e30 there and 0 elsewhere, ``visible`` counts the others by row."""
+
+    away: Tensor
+    visible: Tensor
+
+    @classmethod
+    def by(cls, mask: Tensor, keys: int) -> Hidden:
+        """From a bool mask, True where hidden, broadcastable to ``(batch, heads, rows, keys)``."""
+        hidden = mask.expand(*mask.shape[:-1], keys).sum(-1, dtype=torch.float32)
+        return cls(mask.float().mul_(_FAR), keys - hidden)
+
+
+@lru_cache(maxsize=16)
+def _causal(length: int, count: int, keys: int, device: torch.device) -> tuple[Tensor, Hidden]:
+    """The sampled rows and what is hidden from them when query i sees keys 0 to i; the same for every layer."""
+    with torch.inference_mode(False):
+        chosen = spread_rows(length, count).to(device)
+        return chosen, Hidden.by(torch.arange(keys, device=device) > chosen[:, None], keys)
+
+
+def attention_rows(
     query: Tensor,
     key: Tensor,
     *,
@@ -54,8 +128,8 @@ def attention_statistics(
     scale: float | None = None,
     rows: int = 64,
     valid: Tensor | None = None,
-) -> AttentionStatistics:
-    """Statistics of softmax(scale · q kᵀ + mask) over a sample of query rows.
+) -> list[RowSums]:
+    """Reduce softmax(scale · q kᵀ + mask) over a sample of query rows.
 
     Args:
         query: Shape ``(batch, heads, queries, head_dim)``.
@@ -67,40 +141,32 @@ def attention_statistics(
         valid: Shape ``(batch, queries)``: False leaves a padded query out.
 
     Returns:
-        Sums per query head, over rows that see more than one key.
+        One part for as many sequences as fit into a bounded buffer.
     """
     batch, heads, length, width = query.shape
     kv_heads, keys = key.shape[1], key.shape[2]
-    chosen = spread_rows(length, rows).to(query.device)
-    scale = 1 / math.sqrt(width) if scale is None else scale
-    q = query.index_select(2, chosen).float() * scale
-    total = None
+    chosen, triangle = _causal(length, rows, keys, query.device)
+    q = query.index_select(2, chosen).float().mul_(1 / math.sqrt(width) if scale is None else scale)
+    parts = []
     step = max(1, _VALUES // max(heads * len(chosen) * keys, 1))
     for start in range(0, batch, step):
         part = slice(start, min(start + step, batch))
         size = part.stop - part.start
-        k = key[part].float()
-        logits = torch.matmul(q[part].reshape(size, kv_heads, -1, width), k.transpose(2, 3))
+        logits = torch.matmul(q[part].reshape(size, kv_heads, -1, width), key[part].float().transpose(2, 3))
         logits = logits.view(size, heads, len(chosen), keys)
-        hidden = None
-        if causal:
-            hidden = torch.arange(keys, device=query.device) > chosen[:, None]
+        hidden = triangle if causal else None
         if mask is not None:
-            rows_of_mask = _select(mask, part, chosen)
-            if rows_of_mask.dtype is torch.bool:
-                out_of_sight = ~rows_of_mask
+            shown = _select(mask, part, chosen)
+            if shown.dtype is torch.bool:
+                out_of_sight = ~shown
             else:
-                out_of_sight = rows_of_mask < -MASKED
-                logits = logits + rows_of_mask.float().masked_fill(out_of_sight, 0.0)
-            hidden = out_of_sight if hidden is None else hidden | out_of_sight
-        usable = None if valid is None else valid[part].index_select(1, chosen)
-        sums = row_statistics(logits, hidden, usable)
-        if total is None:
-            total = sums
-        else:
-            total.add(sums)
-    assert total is not None
-    return total
+                out_of_sight = shown < -MASKED
+                logits = logits + shown.float().masked_fill(out_of_sight, 0.0)
+            if hidden is not None:
+                out_of_sight = out_of_sight | (hidden.away > 0)
+            hidden = Hidden.by(out_of_sight, keys)
+        parts.append(reduce_rows(logits, hidden, None if valid is None else valid[part].index_select(1, chosen)))
+    return parts
 
 
 def _select(mask: Tensor, batch: slice, rows: Tensor) -> Tensor:
@@ -112,56 +178,32 @@ def _select(mask: Tensor, batch: slice, rows: Tensor) -> Tensor:
     return mask.index_select(2, rows) if mask.shape[2] > 1 else mask
 
 
-def row_statistics(logits: Tensor, hidden: Tensor | None, usable: Tensor | None) -> AttentionStatistics:
-    """Sums over rows of logits.
+def reduce_rows(logits: Tensor, hidden: Hidden | None, usable: Tensor | None) -> RowSums:
+    """Reduce rows of logits.
 
     Args:
         logits: Shape ``(batch, heads, rows, keys)``, float32; overwritten.
-        hidden: Broadcastable to it, True where a key is masked; None for none.
+        hidden: Keys that are out of sight; None for none.
         usable: Shape ``(batch, rows)``: rows that count; None for all.
-
-    Returns:
-        Sums per head.
     """
-    batch, heads, rows, keys = logits.shape
     if hidden is None:
-        visible = torch.full((1, 1, 1), float(keys), device=logits.device)
+        visible = torch.full((1, 1, 1), float(logits.shape[-1]), device=logits.device)
         lowest = logits.amin((0, 2, 3))
     else:
-        # Adding a huge number where a key is masked is several times quicker than filling by a broadcast mask.
-        away = hidden.float().mul_(_FAR)
-        visible = keys - hidden.expand(*hidden.shape[:-1], keys).sum(-1, dtype=torch.float32)
-        lowest = logits.add_(away).amin((0, 2, 3))
-        logits.sub_(away, alpha=2)
+        # Adding a huge number where a key is hidden is several times quicker than filling by a broadcast mask.
+        visible = hidden.visible
+        lowest = logits.add_(hidden.away).amin((0, 2, 3))
+        logits.sub_(hidden.away, alpha=2)
     top = logits.amax(-1, keepdim=True)
-    highest = top.amax((0, 2, 3))
-    # exp is up to 20 times slower than exp2 on a CPU where it underflows, as it does at every masked key.
+    # exp is up to 20 times slower than exp2 on a CPU where it underflows, as it does at every hidden key.
     weights = torch.exp2(logits.sub_(top).mul_(_LOG2_E))
-    total = weights.sum(-1)
-    sink = weights[..., 0] / total
-    spread = logits.mul_(weights).sum(-1) / _LOG2_E  # a masked key gives -1e30 · 0
-    entropy = (total.log() - spread / total) / visible.clamp(min=2).log()
-    counted = (visible > 1).expand(batch, heads, rows) & entropy.isfinite()
-    if usable is not None:
-        counted = counted & usable[:, None, :]
-    largest = 1 / total
-    columns = (counted, entropy, sink, largest, largest > SATURATED)
-    sums = torch.stack([torch.where(counted, c, 0.0).sum((0, 2), dtype=torch.float64) for c in columns])
-    count, entropies, sinks, largests, saturated = sums.cpu().numpy()
-    logit_max = torch.maximum(highest.clamp(min=0.0), -lowest.clamp(max=0.0))
-    return AttentionStatistics(
-        rows=count,
-        entropy=entropies,
-        sink=sinks,
-        largest=largests,
-        saturated=saturated,
-        logit_max=torch.nan_to_num(logit_max.double(), nan=math.inf).cpu().numpy(),
-        keys=int(visible.max()),
-    )
+    total, first = weights.sum(-1), weights[..., 0].clone()
+    spread = logits.mul_(weights).sum(-1)  # a hidden key gives -1e30 · 0
+    return RowSums(lowest, top.squeeze(-1), total, first, spread, visible, usable)
 
 
-def logit_statistics(logits: Tensor, heads: int | None, rows: int, valid: Tensor | None) -> AttentionStatistics:
-    """`attention_statistics` for eager attention, from the logits as its softmax receives them.
+def logit_rows(logits: Tensor, heads: int | None, rows: int, valid: Tensor | None) -> list[RowSums]:
+    """`attention_rows` for eager attention, from the logits as its softmax receives them.
 
     Args:
         logits: Shape ``(batch, heads, queries, keys)``, or ``(batch * heads, queries, keys)``.
@@ -174,18 +216,20 @@ def logit_statistics(logits: Tensor, heads: int | None, rows: int, valid: Tensor
     elif logits.dim() > 4:
         logits = logits.flatten(0, -4)
     chosen = spread_rows(logits.shape[2], rows).to(logits.device)
-    total = None
+    parts = []
     step = max(1, _VALUES // max(logits.shape[1] * len(chosen) * logits.shape[3], 1))
     for start in range(0, logits.shape[0], step):
         part = logits[start : start + step].index_select(2, chosen).float().clamp_(min=-_FAR / 10)
-        hidden = part < part.amax(-1, keepdim=True) - MASKED
-        usable = None if valid is None else valid[start : start + step].index_select(1, chosen)
-        sums = row_statistics(part, hidden, usable)
-        if total is None:
-            total = sums
-        else:
-            total.add(sums)
-    assert total is not None
+        hidden = Hidden.by(part < part.amax(-1, keepdim=True) - MASKED, part.shape[-1])
+        parts.append(reduce_rows(part, hidden, None if valid is None else valid[start : start + step][:, chosen]))
+    return parts
+
+
+def settle_rows(parts: Sequence[RowSums]) -> AttentionStatistics:
+    """The statistics of all parts together."""
+    total = parts[0].settle()
+    for part in parts[1:]:
+        total.add(part.settle())
     return total
 
 
@@ -201,14 +245,14 @@ class CoreListener(TorchFunctionMode):
     """Calls ``found`` for each attention core that runs while it is active.
 
     Args:
-        found: Takes a function that computes the statistics of the core when called.
+        found: Takes a function that reduces the core's rows when called.
         rows: Query rows per head and sequence to use.
         valid: Returns which queries are no padding, for a batch and a query count; None for all.
     """
 
     def __init__(
         self,
-        found: Callable[[Callable[[], AttentionStatistics]], None],
+        found: Callable[[Callable[[], list[RowSums]]], None],
         rows: int,
         valid: Callable[[int, int], Tensor | None],
     ) -> None:
@@ -245,8 +289,8 @@ class CoreListener(TorchFunctionMode):
     ) -> None:
         query, key = (_four_dimensional(t) for t in (query, key))
 
-        def compute() -> AttentionStatistics:
-            return attention_statistics(
+        def compute() -> list[RowSums]:
+            return attention_rows(
                 query,
                 key,
                 mask=attn_mask,
@@ -264,8 +308,8 @@ class CoreListener(TorchFunctionMode):
         heads = self._heads if input.dim() == 3 else None
         batch = input.shape[0] // (heads or 1) if input.dim() == 3 else input.shape[0]
 
-        def compute() -> AttentionStatistics:
-            return logit_statistics(input.detach(), heads, self.rows, self.valid(batch, input.shape[-2]))
+        def compute() -> list[RowSums]:
+            return logit_rows(input.detach(), heads, self.rows, self.valid(batch, input.shape[-2]))
 
         self.found(compute)
 

@@ -16,8 +16,9 @@ import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.errors import InputError, nearest
-from setpoint.probe.recorder_attention import CoreListener
+from setpoint.probe.recorder_attention import CoreListener, RowSums, settle_rows
 from setpoint.probe.recorder_gradient import ParameterWatch, gather, in_backward, watch_gradient
 from setpoint.probe.recorder_inputs import Inputs, tensors_of
 from setpoint.probe.stat_kernels import sum_of_squares
@@ -37,6 +38,7 @@ from setpoint.types import Site, SiteRole, Stat, Task, Trace
 Needs = Collection[Stat] | Mapping[SiteRole, Collection[Stat]]
 Groups = Mapping[str, Tensor | Callable[[Any], Tensor]]
 
+_NOTHING: AbstractContextManager[Any] = nullcontext()
 _STREAM_ROLES: frozenset[SiteRole] = frozenset({"embedding", "residual"})
 _GROUP_ROLES: frozenset[SiteRole] = frozenset({"embedding", "residual", "branch", "norm"})
 
@@ -104,6 +106,7 @@ class Recorder:
         self._calls: dict[str, int] = defaultdict(int)
         self._stream: _Written | None = None
         self._cores: list[_Cores] = []
+        self._later: list[Callable[[], None]] = []
         self._listener = CoreListener(self._core_found, query_rows, self._inputs.valid_queries)
         self._order: dict[str, None] = {}
         self._first_sequence = 0
@@ -250,6 +253,9 @@ class Recorder:
         """Close the pass that may be open."""
         self._stream = None
         self._cores.clear()
+        for settle in self._later:
+            settle()
+        self._later.clear()
         self._parameters.commit()
 
     def _catch(self, sites: Sequence[Site], call: int, carried: Any) -> None:
@@ -266,7 +272,8 @@ class Recorder:
         self._order.setdefault(site.name)
         self._follow_gradient(site, tensor)
         with quiet(tensor.device):
-            values = _by_sequence(tensor.detach(), site.channel_axis, self._inputs.shape)
+            values = tensor.detach() if tensor.requires_grad else tensor
+            values = _by_sequence(values, site.channel_axis, self._inputs.shape)
             if self._inputs.shape is None:
                 self._inputs.shape = (values.shape[0], values.shape[1])
                 self.sequences += values.shape[0]
@@ -293,6 +300,7 @@ class Recorder:
             length,
             statistics,
             self._scratch,
+            later=self._later,
             first_sequence=first,
             selection=self._inputs.select(values, groups),
             stream=before.stream if before and follows and before.stream.values.shape == rows.shape else None,
@@ -301,17 +309,21 @@ class Recorder:
             kept = self._scratch.flat("stream", rows.numel(), rows, rows.dtype).view(rows.shape)
             self._stream = _Written(Stream(kept.copy_(rows), squares), site.block)
 
-    def _core_found(self, compute: Callable[[], AttentionStatistics]) -> None:
+    def _core_found(self, compute: Callable[[], list[RowSums]]) -> None:
         site = self._cores[-1].next() if self._cores else None
         if site is None:
             return
         with quiet(None):
-            statistics = compute()
+            parts = compute()
         self._order.setdefault(site.name)
-        if site.name in self._attention:
-            self._attention[site.name].add(statistics)
+        self._later.append(partial(self._settle_core, site.name, parts))
+
+    def _settle_core(self, name: str, parts: list[RowSums]) -> None:
+        statistics = settle_rows(parts)
+        if name in self._attention:
+            self._attention[name].add(statistics)
         else:
-            self._attention[site.name] = statistics
+            self._attention[name] = statistics
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
@@ -383,16 +395,15 @@ class _Cores:
         return self._waiting.pop(0) if self._waiting else None
 
 
-@contextmanager
-def quiet(device: torch.device | None) -> Iterator[None]:
-    """Arithmetic of our own inside somebody's forward: no graph, no autocast."""
+def quiet(device: torch.device | None) -> AbstractContextManager[Any]:
+    """For arithmetic of our own inside somebody's forward: no graph, no autocast."""
     kind = device.type if device is not None else "cpu"
-    with torch.no_grad():
-        if not torch.is_autocast_enabled(kind):
-            yield
-            return
-        with torch.autocast(kind, enabled=False):
-            yield
+    if torch.is_autocast_enabled(kind):
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast(kind, enabled=False))
+        return stack
+    return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
 @contextmanager

@@ -4,17 +4,21 @@ Eager PyTorch runs a reduction at memory speed when it is a BLAS call or a reduc
 times slower otherwise, so everything is phrased in those: with x of shape (rows, channels) and its square in a scratch
 buffer,
 
-    sums            1ᵀx, 1ᵀx²           one matrix-vector product each, by column: quick, and exact beside a huge entry
+    sums            1ᵀx, 1ᵀx²           one matrix product each, by column: quick, and exact beside a huge entry
     third, fourth   x·x², x²·x²         dot products of the flattened chunk
     extremes        max and min down the rows; the largest magnitude of a channel is the larger of the two
     row norms       x²1
     magnitudes      the exponent and leading mantissa bits of x², counted
-    cosine          |Σ x/|x||² of a sequence is the sum of all its pairwise cosines
 
 Tensors are taken in chunks that stay in cache, in float32, and every chunk's sums are joined in float64
-(`setpoint.probe.statistics`). The sums are taken as they are where that is harmless (mean below half the rms), about
+(`setpoint.probe.statistics`). The sums are taken as they are where that is harmless (mean below 0.9 of the rms), about
 the chunk's mean otherwise, and in float64 over the finite values when float32 overflowed, underflowed or met an
 infinity or a NaN.
+
+Between two large matrix products everything else has left the processor's cache, and the first run of any piece of
+code costs 20 to 30 µs, twenty times the second. So a hook launches few and always the same operations, reads one small
+tensor to see that the sums are sound, and leaves its results where they are; the arithmetic on them (`settle_chunk`
+and what calls it) waits for the end of the pass.
 """
 
 from __future__ import annotations
@@ -26,12 +30,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setpoint.probe.stat_scratch import Scratch, chunk_rows, to_numpy
+from setpoint.probe.stat_scratch import Scratch, Workspace, chunk_rows, to_numpy
 from setpoint.probe.statistics import BINS, MANTISSA_BITS, Array, Channels, Magnitudes, Moments
 from setpoint.types import Stat
 
-_PER_CHANNEL = frozenset({Stat.CHANNELS, Stat.PEAKS})
+PER_CHANNEL = frozenset({Stat.CHANNELS, Stat.PEAKS})
 _TINY = 1e-6
+_CENTRED = 0.9
 
 
 @dataclass(slots=True)
@@ -42,108 +47,104 @@ class Chunk:
         moments: Of its values.
         channels: Per-channel sums, None when not needed.
         row_squares: Shape ``(rows,)``: squared L2 norms; None when not needed. NaN where a row is not finite.
-        finite: Whether all values are known to be finite.
     """
 
     moments: Moments
     channels: Channels | None
     row_squares: Array | None
-    finite: bool = True
 
 
-def reduce_chunk(x: Tensor, wanted: frozenset[Stat], per_row: bool, scratch: Scratch) -> Chunk:
-    """Reduce a chunk.
+def launch_chunk(x: Tensor, wanted: frozenset[Stat], per_row: bool, space: Workspace) -> bool:
+    """Leave a chunk's sums in its workspace.
 
     Args:
         x: Shape ``(rows, channels)``, float32, contiguous.
         wanted: The statistics asked for.
         per_row: Whether squared row norms are needed.
-        scratch: Buffers; the workspace's ``square`` holds x² afterwards.
+        space: Receives the sums; its ``square`` holds x² afterwards.
 
     Returns:
-        Moments, per-channel sums and row norms of the chunk.
+        Whether float32 held the sums; if not, `reduce_carefully` is for this chunk.
     """
-    space, flat = scratch.workspace(x), x.view(-1)
-    total, squares, top, bottom = space.parts
-    per_channel = bool(wanted & _PER_CHANNEL)
+    total, squares, top, bottom, _ = space.parts
     # What reads x alone comes first, while x is in cache; the square then takes its place.
-    if per_channel:
-        torch.amax(x, 0, out=top)
-        torch.amin(x, 0, out=bottom)
+    torch.amax(x, 0, out=top)
+    torch.amin(x, 0, out=bottom)
     torch.mm(space.ones, x, out=total)
     torch.mul(x, x, out=space.square)
     torch.mm(space.ones, space.square, out=squares)
-    s3 = s4 = 0.0
+    torch.mm(space.sums[:2], space.column, out=space.low)
     if Stat.TAILS in wanted:
-        torch.dot(flat, space.flat, out=space.third)
+        torch.dot(x.view(-1), space.flat, out=space.third)
         torch.dot(space.flat, space.flat, out=space.fourth)
-        s3, s4 = space.powers.tolist()
-    if per_channel:
-        t, s, high, low = to_numpy(space.sums)
-        maximum, minimum = float(high.max()), float(low.min())
     else:
-        t, s = to_numpy(space.sums[:2])
-        lowest, highest = torch.aminmax(x)
-        maximum, minimum = float(highest), float(lowest)
-    s1, s2 = float(t.sum()), float(s.sum())
-    if not _sound(s2, s4, x.numel(), minimum, maximum):
-        return reduce_carefully(x, wanted, per_row)
-    moments = Moments.from_sums(x.numel(), (s1, s2, s3, s4), minimum, maximum)
-    if abs(moments.mean) > 0.5 * math.sqrt(s2 / x.numel()):
-        moments = _about_the_mean(x, moments, scratch)
-    return Chunk(
-        moments,
-        Channels(np.full(len(t), float(len(x))), t, s, np.maximum(high, -low)) if per_channel else None,
-        to_numpy(torch.mv(space.square, space.column)) if per_row else None,
-    )
+        space.scalars[2:] = 0.0
+    if per_row:
+        torch.mm(space.square, space.column, out=space.rows[0].unsqueeze(1))
+    _, s2, _, s4 = space.scalars.tolist()
+    return math.isfinite(s2 + s4) and (s2 > _TINY**2 * x.numel() or not bool(x.any()))
 
 
-def reduce_plainly(x: Tensor, scratch: Scratch) -> Moments:
+def about_the_mean(x: Tensor, space: Workspace, scratch: Scratch) -> Moments | None:
+    """Moments from sums about the mean where sums about zero would cancel, otherwise None."""
+    s1, s2, _, _ = space.scalars.tolist()
+    mean = s1 / x.numel()
+    if abs(mean) <= _CENTRED * math.sqrt(s2 / x.numel()):
+        return None
+    shift = float(np.float32(mean))
+    y = torch.sub(x, shift, out=scratch.take("shifted", x))
+    y2 = y * y
+    sums = torch.stack(
+        (y.sum(), y2.sum(), torch.dot(y.view(-1), y2.view(-1)), torch.dot(y2.view(-1), y2.view(-1)))
+    ).tolist()
+    return Moments.from_sums(x.numel(), tuple(sums), float(x.amin()), float(x.amax()), shift)
+
+
+def settle_chunk(wanted: frozenset[Stat], per_row: bool, space: Workspace, moments: Moments | None) -> Chunk:
+    """Read a workspace: `launch_chunk`'s sums, with ``moments`` in place of its own if given."""
+    t, s, high, low = to_numpy(space.sums[:4])
+    rows = space.square.shape[0]
+    if moments is None:
+        _, _, s3, s4 = space.scalars.tolist()
+        sums = (float(t.sum()), float(s.sum()), s3, s4)
+        moments = Moments.from_sums(space.flat.numel(), sums, float(low.min()), float(high.max()))
+    channels = None
+    if wanted & PER_CHANNEL:
+        channels = Channels(np.full(len(t), float(rows)), t, s, np.maximum(high, -low))
+    return Chunk(moments, channels, to_numpy(space.rows[0]) if per_row else None)
+
+
+def reduce_plainly(x: Tensor, space: Workspace) -> Moments:
     """Mean, variance and extremes of a chunk without a square being written: all that `Stat.MOMENTS` alone needs.
 
     Args:
         x: Shape ``(rows, width)``, float32, contiguous; what stands in rows and columns does not matter.
-        scratch: Buffers.
+        space: Its workspace.
     """
-    space = scratch.workspace(x)
     lowest, highest = torch.aminmax(x)
     torch.mm(space.ones, x, out=space.parts[0])
     norms = torch.linalg.vector_norm(x, dim=1)  # by row, so that a huge entry costs its own row's digits only
     s1, s2 = float(to_numpy(space.parts[0]).sum()), float(np.square(to_numpy(norms)).sum())
-    maximum, minimum = float(highest), float(lowest)
-    if not _sound(s2, 0.0, x.numel(), minimum, maximum):
-        return reduce_carefully(x, frozenset(), False).moments
-    moments = Moments.from_sums(x.numel(), (s1, s2, 0.0, 0.0), minimum, maximum)
-    if abs(moments.mean) > 0.5 * math.sqrt(s2 / x.numel()):
-        moments = _about_the_mean(x, moments, scratch)
-    return moments
-
-
-def _sound(s2: float, s4: float, count: int, minimum: float, maximum: float) -> bool:
-    """Whether sums of squares and fourth powers neither overflowed nor underflowed, and met no infinity or NaN."""
-    return math.isfinite(s2 + s4) and (s2 > _TINY**2 * count or minimum == maximum)
-
-
-def _about_the_mean(x: Tensor, rough: Moments, scratch: Scratch) -> Moments:
-    """Moments from sums about the mean, where sums about zero would cancel."""
-    y = scratch.take("shifted", x)
-    shift = float(np.float32(rough.mean))
-    torch.sub(x, shift, out=y)
-    s1, s2 = y.sum(), torch.dot(y.view(-1), y.view(-1))
-    y2 = y * y
-    sums = torch.stack((s1, s2, torch.dot(y.view(-1), y2.view(-1)), torch.dot(y2.view(-1), y2.view(-1)))).tolist()
-    a, b, c, d = sums
-    return Moments.from_sums(rough.count, (a, b, c, d), rough.minimum, rough.maximum, shift)
+    minimum, maximum = float(lowest), float(highest)
+    mean_square = s2 / x.numel()
+    if not math.isfinite(s2) or (mean_square < _TINY**2 and minimum < maximum):
+        return Moments.of(to_numpy(x).reshape(-1))
+    if abs(s1) > _CENTRED * x.numel() * math.sqrt(mean_square):
+        shift = float(np.float32(s1 / x.numel()))
+        y = x - shift
+        sums = (float(y.sum()), float(y.square_().sum()), 0.0, 0.0)
+        return Moments.from_sums(x.numel(), sums, minimum, maximum, shift)
+    return Moments.from_sums(x.numel(), (s1, s2, 0.0, 0.0), minimum, maximum)
 
 
 def reduce_carefully(x: Tensor, wanted: frozenset[Stat], per_row: bool) -> Chunk:
-    """`reduce_chunk` for values that float32 sums can't hold, or that are not all finite: float64, finite ones only."""
+    """A chunk that float32 sums can't hold, or whose values are not all finite: float64, finite ones only."""
     values = to_numpy(x)
     finite = np.isfinite(values)
     moments = Moments.of(values.reshape(-1))
     clean = np.where(finite, values, 0.0)
     channels = None
-    if wanted & _PER_CHANNEL:
+    if wanted & PER_CHANNEL:
         channels = Channels(
             count=finite.sum(0).astype(np.float64),
             total=clean.sum(0),
@@ -151,50 +152,42 @@ def reduce_carefully(x: Tensor, wanted: frozenset[Stat], per_row: bool) -> Chunk
             largest=np.abs(clean).max(0),
         )
     row_squares = np.where(finite.all(1), np.square(clean).sum(1), np.nan) if per_row else None
-    return Chunk(moments, channels, row_squares, finite=False)
+    return Chunk(moments, channels, row_squares)
 
 
-def count_magnitudes(square: Tensor, scratch: Scratch) -> Magnitudes:
-    """Histogram of magnitudes from their float32 squares, none of them NaN; infinite squares are left out."""
+def count_magnitudes(square: Tensor, scratch: Scratch) -> Tensor:
+    """Histogram, as `Magnitudes` keeps it, of magnitudes given by their float32 squares, none of them NaN."""
     bins = scratch.flat("bins", square.numel(), square, torch.int32)
     torch.bitwise_right_shift(square.view(torch.int32).view(-1), 23 - MANTISSA_BITS, out=bins)
-    counts = torch.bincount(bins, minlength=BINS).cpu().numpy()
-    counts[255 << MANTISSA_BITS :] = 0
-    return Magnitudes(counts)
+    return torch.bincount(bins, minlength=BINS)
 
 
-def count_nonzero(x: Tensor, chunk: Chunk, scratch: Scratch) -> Array:
-    """Per channel, how many values are not zero, shape ``(channels,)``; call it before x² is overwritten."""
-    space = scratch.workspace(x)
-    if chunk.finite and float(space.square.amin()) > 0:  # no zero at all, as after SiLU or GELU
-        return np.full(x.shape[1], float(len(x)))
-    torch.ne(x, 0, out=space.square)
-    return to_numpy(torch.mm(space.ones, space.square)[0])
+def settle_magnitudes(counts: Tensor) -> Magnitudes:
+    """The histogram without what was infinite once squared."""
+    found = counts.cpu().numpy()
+    found[255 << MANTISSA_BITS :] = 0
+    return Magnitudes(found)
 
 
-def largest_entries(x: Tensor, largest: Array, size: int, floor: float) -> Array | None:
-    """Rows (value, row, channel) of the ``size`` largest finite magnitudes of a chunk, largest first.
+def flagged_columns(x: Tensor, space: Workspace, size: int) -> tuple[Tensor, Tensor]:
+    """The ``size`` columns with the largest magnitudes, and which they are: the largest entries stand in them."""
+    largest = space.sums[2:4].abs().amax(0)
+    order = largest.topk(min(size, len(largest))).indices
+    return x.index_select(1, order), order
 
-    They can only stand in the ``size`` channels whose own largest magnitude is largest, so nothing else is searched.
+
+def largest_entries(columns: Array, order: Array, size: int) -> Array:
+    """Rows (value, row, channel) of the ``size`` largest finite magnitudes, largest first.
 
     Args:
-        x: Shape ``(rows, channels)``, float32.
-        largest: Shape ``(channels,)``: largest finite magnitude of each channel.
+        columns: Shape ``(rows, flagged)``: the columns in which they can stand.
+        order: Shape ``(flagged,)``: the channel of each.
         size: How many.
-        floor: Magnitude that an entry must exceed.
-
-    Returns:
-        At most ``size`` rows, or None when no entry exceeds the floor.
     """
-    order = np.argsort(-largest, kind="stable")[:size]
-    order = order[largest[order] > floor]
-    if not len(order):
-        return None
-    columns = to_numpy(x.index_select(1, torch.from_numpy(order).to(x.device)))
     magnitudes = np.where(np.isfinite(columns), np.abs(columns), -1.0).ravel()
     size = min(size, magnitudes.size)
     found = np.argpartition(-magnitudes, size - 1)[:size]
-    found = found[magnitudes[found] > floor]
+    found = found[magnitudes[found] >= 0.0]
     found = found[np.argsort(-magnitudes[found], kind="stable")]
     row, column = np.divmod(found, len(order))
     return np.stack((columns.ravel()[found], row, order[column]), 1)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,18 +13,24 @@ from torch import Tensor
 
 from setpoint.probe.stat_kernels import (
     Chunk,
+    about_the_mean,
     count_magnitudes,
-    count_nonzero,
+    flagged_columns,
     largest_entries,
-    reduce_chunk,
+    launch_chunk,
+    reduce_carefully,
     reduce_plainly,
+    settle_chunk,
+    settle_magnitudes,
 )
-from setpoint.probe.stat_scratch import Scratch, chunk_rows, to_numpy
-from setpoint.probe.statistics import Array, Counts, Group, SiteStatistics
+from setpoint.probe.stat_scratch import Scratch, Workspace, chunk_rows, to_numpy
+from setpoint.probe.statistics import Array, Counts, Group, Moments, SiteStatistics
 from setpoint.types import Stat
 
 _PER_ROW = frozenset({Stat.COSINE, Stat.STEP})
 _PLAIN = frozenset({Stat.MOMENTS, Stat.GRADIENT})
+_SHORTEST = 1e-38
+"""Squared norm below which a token vector has no direction."""
 
 
 @dataclass(slots=True)
@@ -32,11 +39,11 @@ class Stream:
 
     Args:
         values: Shape ``(positions, channels)``.
-        squares: Squared norms of the rows that counted, if they were computed.
+        squares: Shape ``(positions,)``: squared norms of its rows, if they are known and no row was left out.
     """
 
     values: Tensor
-    squares: Array | None = None
+    squares: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,32 @@ class Selection:
     """
 
     keep: Tensor | None = None
-    groups: Mapping[str, Tensor] | None = None
+    groups: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """What a chunk's operations left behind, until it is settled.
+
+    ``chunk`` is there already if the chunk went the careful way. ``directions`` are the sums of unit vectors, shape
+    ``(sequences, channels)``; ``given`` the squared norms of the rows at the block's input.
+    """
+
+    space: Workspace
+    places: range | Tensor
+    chunk: Chunk | None = None
+    moments: Moments | None = None
+    counts: Tensor | None = None
+    magnitudes: Array | None = None
+    flagged: tuple[Tensor, Tensor] | None = None
+    directions: Tensor | None = None
+    given: Tensor | None = None
+    inside: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Whether float32 held the sums."""
+        return self.chunk is None
 
 
 def observe(
@@ -58,10 +90,11 @@ def observe(
     statistics: SiteStatistics,
     scratch: Scratch,
     *,
+    later: list[Callable[[], None]] | None = None,
     first_sequence: int = 0,
     selection: Selection | None = None,
     stream: Stream | None = None,
-) -> Array | None:
+) -> Tensor | None:
     """Add one batch's values of a site to its statistics.
 
     Args:
@@ -69,59 +102,53 @@ def observe(
         length: Positions of one sequence.
         statistics: What is kept of the site; changed in place.
         scratch: Buffers.
+        later: Receives what remains to be done, at most one small piece per call; None to do all at once.
         first_sequence: Number of the first sequence, for the positions of peaks.
         selection: Padding and token groups.
         stream: The block's input, of the shape of ``values``, for `Stat.STEP`.
 
     Returns:
-        Squared norms of the rows that counted, None if no statistic needed them.
+        Squared norms of all rows, shape ``(positions,)``, if they are at hand.
     """
     selection = selection or Selection()
-    keep, groups = selection.keep, selection.groups or {}
-    count = values.shape[0] if keep is None else keep.numel()
-    step = chunk_rows(values.shape[1], values.device)
-    wanted = statistics.wanted
+    keep, groups, wanted = selection.keep, selection.groups, statistics.wanted
     if wanted <= _PLAIN and keep is None and not groups:
         _observe_plainly(values, statistics, scratch)
         return None
+    count = values.shape[0] if keep is None else keep.numel()
+    step = chunk_rows(values.shape[1], values.device)
+    if count > step:
+        later = None
     per_row = bool(wanted & _PER_ROW or groups)
-    squares: list[Array] = []
+    cut = later is None or keep is not None  # a sequence may lie in several chunks, or have gaps
     directions = _Directions(statistics, length) if Stat.COSINE in wanted else None
     for start in range(0, count, step):
         stop = min(start + step, count)
         chosen = None if keep is None else keep[start:stop]
         x = _load(values, start, stop, chosen, "values", scratch)
-        chunk = reduce_chunk(x, wanted, per_row, scratch)
-        positions = np.arange(start, stop) if chosen is None else chosen.cpu().numpy()
-        statistics.tokens += stop - start
-        statistics.moments.add(chunk.moments)
-        if chunk.channels is not None:
-            statistics.add_channels(chunk.channels)
-        if Stat.MEDIAN in wanted:
-            _add_magnitudes(x, chunk, statistics, scratch)
-        if Stat.PEAKS in wanted:
-            _add_peaks(x, chunk, positions, length, first_sequence, statistics)
-        if Stat.ZEROS in wanted:
-            active = count_nonzero(x, chunk, scratch)
-            statistics.add_active(active)
-            statistics.seen += x.numel()
-            statistics.zeros += x.numel() - float(active.sum())
-        if chunk.row_squares is None:
-            continue
-        squares.append(chunk.row_squares)
+        space = scratch.workspace(x)
+        places = range(start, stop) if chosen is None else chosen
+        waiting = _launch(x, places, statistics, space, scratch, per_row)
         if directions is not None:
-            directions.add(x if chunk.finite else _without_infinities(x), chunk.row_squares, positions)
-        angles = None
+            if cut or not waiting.sound:
+                directions.add(x, waiting)
+            else:
+                _launch_directions(x, waiting, length)
         if Stat.STEP in wanted and stream is not None:
             before = _load(stream.values, start, stop, chosen, "stream", scratch)
-            given = None if stream.squares is None else stream.squares[start:stop]
-            angles = _add_step(x, before, chunk.row_squares, given, statistics, scratch)
+            _launch_step(x, before, stream.squares if keep is None and count <= step else None, waiting)
         for name, mask in groups.items():
-            inside = (mask[start:stop] if chosen is None else mask[chosen]).cpu().numpy()
-            _add_group(statistics.groups.setdefault(name, Group()), chunk.row_squares, angles, inside)
+            waiting.inside[name] = mask[start:stop] if chosen is None else mask[chosen]
+        settle = partial(_settle, waiting, statistics, scratch, length, first_sequence, per_row)
+        if later is None:
+            settle()
+        else:
+            later.append(settle)
+            if per_row and keep is None and waiting.sound:
+                return space.rows[0]
     if directions is not None:
         directions.finish()
-    return np.concatenate(squares) if squares else None
+    return None
 
 
 def _observe_plainly(values: Tensor, statistics: SiteStatistics, scratch: Scratch) -> None:
@@ -135,7 +162,9 @@ def _observe_plainly(values: Tensor, statistics: SiteStatistics, scratch: Scratc
     step = chunk_rows(width, values.device)
     for start in range(0, len(values), step):
         x = _load(values, start, min(start + step, len(values)), None, "values", scratch)
-        statistics.moments.add(reduce_plainly(x, scratch))
+        space = scratch.workspace(x)
+        statistics.moments.add(reduce_plainly(x, space))
+        scratch.release(space)
 
 
 def _load(values: Tensor, start: int, stop: int, chosen: Tensor | None, name: str, scratch: Scratch) -> Tensor:
@@ -149,99 +178,115 @@ def _load(values: Tensor, start: int, stop: int, chosen: Tensor | None, name: st
     return scratch.take(name, rows).copy_(rows)
 
 
-def _without_infinities(x: Tensor) -> Tensor:
-    return torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+# -- in the hook: operations on the chunk ------------------------------------------------------------------------------
 
 
-def _add_magnitudes(x: Tensor, chunk: Chunk, statistics: SiteStatistics, scratch: Scratch) -> None:
-    kept = statistics.magnitudes
-    if kept is not None and kept.values is not None:  # exact: every magnitude is kept
-        kept.values.append(to_numpy(x[x.isfinite()].abs()))
-        return
-    square = scratch.workspace(x).square
-    if not chunk.finite:
-        torch.nan_to_num(square, nan=math.inf, out=square)
-    counted = count_magnitudes(square, scratch)
-    if kept is None:
-        statistics.magnitudes = counted
+def _launch(
+    x: Tensor, places: range | Tensor, statistics: SiteStatistics, space: Workspace, scratch: Scratch, per_row: bool
+) -> _Waiting:
+    wanted = statistics.wanted
+    waiting = _Waiting(space, places)
+    if launch_chunk(x, wanted, per_row, space):
+        waiting.moments = about_the_mean(x, space, scratch)
     else:
-        kept.add(counted)
+        waiting.chunk = reduce_carefully(x, wanted, per_row)
+    if Stat.MEDIAN in wanted:
+        if statistics.magnitudes is not None and statistics.magnitudes.values is not None:
+            waiting.magnitudes = to_numpy(x[x.isfinite()].abs())  # exact: every magnitude is kept
+        else:
+            if not waiting.sound:
+                torch.nan_to_num(space.square, nan=math.inf, out=space.square)
+            waiting.counts = count_magnitudes(space.square, scratch)
+    if Stat.PEAKS in wanted:
+        if waiting.chunk is not None and waiting.chunk.channels is not None:
+            space.parts[2].copy_(torch.from_numpy(waiting.chunk.channels.largest))
+            space.parts[3].copy_(space.parts[2])
+        waiting.flagged = flagged_columns(x, space, statistics.peaks.size)
+    if Stat.ZEROS in wanted:  # the last to use the square
+        torch.ne(x, 0, out=space.square)
+        torch.mm(space.ones, space.square, out=space.parts[4])
+    return waiting
 
 
-def _add_peaks(
-    x: Tensor, chunk: Chunk, positions: Counts, length: int, first_sequence: int, statistics: SiteStatistics
-) -> None:
-    assert chunk.channels is not None
-    found = largest_entries(x, chunk.channels.largest, statistics.peaks.size, statistics.peaks.floor)
-    if found is None:
-        return
-    place = positions[found[:, 1].astype(np.int64)]
-    columns = (found[:, 0], place // length + first_sequence, place % length, found[:, 2])
-    statistics.peaks.add(np.stack(columns, 1))
+def _launch_directions(x: Tensor, waiting: _Waiting, length: int) -> None:
+    """Sum the unit vectors of whole sequences; a row of zeros adds nothing."""
+    squares, weights = waiting.space.rows[0], waiting.space.rows[1]
+    torch.clamp(squares, min=_SHORTEST, out=weights)
+    weights.rsqrt_()
+    if len(x) == length:
+        waiting.directions = torch.mm(weights.unsqueeze(0), x)
+    else:
+        waiting.directions = torch.bmm(weights.view(-1, 1, length), x.view(-1, length, x.shape[1])).squeeze(1)
 
 
-class _Directions:
-    """Sums the unit token vectors of each sequence, which may be cut by chunks."""
-
-    def __init__(self, statistics: SiteStatistics, length: int) -> None:
-        self.statistics, self.length = statistics, length
-        self.sequence = -1
-        self.sum: Array | None = None
-        self.tokens = 0
-
-    def add(self, x: Tensor, row_squares: Array, positions: Counts) -> None:
-        usable = row_squares > 0
-        inverse = np.zeros_like(row_squares)
-        inverse[usable] = row_squares[usable] ** -0.5
-        weights = torch.from_numpy(inverse.astype(np.float32)).to(x.device).view(1, -1)
-        for sequence, start, stop in _pieces(positions, self.length):
-            if sequence != self.sequence:
-                self.finish()
-                self.sequence = sequence
-            whole = stop - start == len(positions)
-            part = torch.mm(weights, x) if whole else torch.mm(weights[:, start:stop], x[start:stop])
-            total = to_numpy(part[0])
-            self.sum = total if self.sum is None else self.sum + total
-            self.tokens += int(usable[start:stop].sum())
-
-    def finish(self) -> None:
-        if self.sum is not None and self.tokens > 1:
-            self.statistics.cosine += float(self.sum @ self.sum) - self.tokens
-            self.statistics.pairs += self.tokens * (self.tokens - 1)
-        self.sum, self.tokens, self.sequence = None, 0, -1
+def _launch_step(x: Tensor, before: Tensor, known: Tensor | None, waiting: _Waiting) -> None:
+    space = waiting.space
+    if known is None:
+        torch.mul(before, before, out=space.square)
+        torch.mm(space.square, space.column, out=space.rows[3].unsqueeze(1))
+        known = space.rows[3]
+    waiting.given = known
+    torch.sub(x, before, out=space.square)
+    space.square.mul_(space.square)
+    torch.mm(space.square, space.column, out=space.rows[2].unsqueeze(1))
 
 
-def _pieces(positions: Counts, length: int) -> Iterator[tuple[int, int, int]]:
-    """Runs ``(sequence, start, stop)`` of rows that belong to the same sequence."""
-    first, last = int(positions[0]) // length, int(positions[-1]) // length
-    edges = np.searchsorted(positions, np.arange(first, last + 2) * length).tolist()
-    for i, sequence in enumerate(range(first, last + 1)):
-        if edges[i] < edges[i + 1]:
-            yield sequence, edges[i], edges[i + 1]
+# -- after the pass: arithmetic on small results -----------------------------------------------------------------------
 
 
-def _add_step(
-    x: Tensor,
-    before: Tensor,
-    row_squares: Array,
-    given: Array | None,
+def _settle(
+    waiting: _Waiting,
     statistics: SiteStatistics,
     scratch: Scratch,
-) -> Array:
-    """Add the turn and the length of the step from ``before`` to ``x``; return each row's angle in degrees.
+    length: int,
+    first_sequence: int,
+    per_row: bool,
+) -> None:
+    wanted, space = statistics.wanted, waiting.space
+    chunk = waiting.chunk or settle_chunk(wanted, per_row, space, waiting.moments)
+    statistics.tokens += len(waiting.places)
+    statistics.moments.add(chunk.moments)
+    if chunk.channels is not None:
+        statistics.add_channels(chunk.channels)
+    if waiting.counts is not None:
+        statistics.add_magnitudes(settle_magnitudes(waiting.counts))
+    if (
+        waiting.magnitudes is not None
+        and statistics.magnitudes is not None
+        and statistics.magnitudes.values is not None
+    ):
+        statistics.magnitudes.values.append(waiting.magnitudes)
+    if waiting.flagged is not None:
+        columns, order = waiting.flagged
+        found = largest_entries(to_numpy(columns), order.cpu().numpy(), statistics.peaks.size)
+        place = _numbers(waiting.places)[found[:, 1].astype(np.int64)]
+        statistics.peaks.add(np.stack((found[:, 0], place // length + first_sequence, place % length, found[:, 2]), 1))
+    if Stat.ZEROS in wanted:
+        statistics.add_active(to_numpy(space.parts[4][0]), space.flat.numel())
+    angles = None
+    if chunk.row_squares is not None:
+        if waiting.directions is not None:
+            sums = to_numpy(waiting.directions)
+            tokens = (chunk.row_squares > _SHORTEST).reshape(len(sums), -1).sum(1)
+            for total, count in zip(sums, tokens.tolist(), strict=True):
+                statistics.add_cosine(float(total @ total), count)
+        if waiting.given is not None:
+            angles = _settle_step(chunk.row_squares, to_numpy(waiting.given), to_numpy(space.rows[2]), statistics)
+        for name, mask in waiting.inside.items():
+            group = statistics.groups.setdefault(name, Group())
+            _settle_group(group, chunk.row_squares, angles, mask.cpu().numpy())
+    scratch.release(space)
+
+
+def _settle_step(squares: Array, given: Array, taken: Array, statistics: SiteStatistics) -> Array:
+    """Add the turn and the length of the step; return each row's angle in degrees.
 
     The angle comes from the chord between the two unit vectors, |u - v|² = (|x - y|² - (|x| - |y|)²) / (|x||y|), which
     keeps its digits for the smallest turns, where the arc cosine of a dot product has none left.
     """
-    space = scratch.workspace(x)
-    buffer = space.square
-    if given is None:
-        given = to_numpy(torch.mv(torch.mul(before, before, out=buffer), space.column))
-    torch.sub(x, before, out=buffer)
-    taken = to_numpy(torch.mv(buffer.mul_(buffer), space.column))
     with np.errstate(divide="ignore", invalid="ignore"):
-        norm, before_norm = np.sqrt(row_squares), np.sqrt(given)
-        chord = (taken - (norm - before_norm) ** 2) / (norm * before_norm)
+        norm, before = np.sqrt(squares), np.sqrt(given)
+        chord = (taken - (norm - before) ** 2) / (norm * before)
         angles: Array = np.degrees(2 * np.arcsin(np.sqrt(np.clip(chord, 0.0, 4.0)) / 2))
     usable = np.isfinite(angles)
     statistics.angle += float(angles[usable].sum())
@@ -251,7 +296,7 @@ def _add_step(
     return angles
 
 
-def _add_group(group: Group, row_squares: Array, angles: Array | None, inside: Counts) -> None:
+def _settle_group(group: Group, row_squares: Array, angles: Array | None, inside: Counts) -> None:
     usable = inside & np.isfinite(row_squares)
     group.norm += float(np.sqrt(row_squares[usable]).sum())
     group.tokens += int(usable.sum())
@@ -259,3 +304,48 @@ def _add_group(group: Group, row_squares: Array, angles: Array | None, inside: C
         turned = inside & np.isfinite(angles)
         group.angle += float(angles[turned].sum())
         group.turned += int(turned.sum())
+
+
+class _Directions:
+    """Sums the unit vectors of sequences that are cut by chunks or have tokens left out."""
+
+    def __init__(self, statistics: SiteStatistics, length: int) -> None:
+        self.statistics, self.length = statistics, length
+        self.sequence = -1
+        self.sum: Array | None = None
+        self.tokens = 0
+
+    def add(self, x: Tensor, waiting: _Waiting) -> None:
+        squares = to_numpy(waiting.space.rows[0])
+        if waiting.chunk is not None and waiting.chunk.row_squares is not None:
+            squares = waiting.chunk.row_squares
+            x = torch.nan_to_num(x, nan=0.0, posinf=0.0, neginf=0.0)
+        usable = squares > _SHORTEST
+        inverse = np.zeros(len(squares), dtype=np.float32)
+        inverse[usable] = squares[usable] ** -0.5
+        weights = torch.from_numpy(inverse).to(x.device).view(1, -1)
+        for sequence, start, stop in _pieces(_numbers(waiting.places), self.length):
+            if sequence != self.sequence:
+                self.finish()
+                self.sequence = sequence
+            total = to_numpy(torch.mm(weights[:, start:stop], x[start:stop])[0])
+            self.sum = total if self.sum is None else self.sum + total
+            self.tokens += int(usable[start:stop].sum())
+
+    def finish(self) -> None:
+        if self.sum is not None:
+            self.statistics.add_cosine(float(self.sum @ self.sum), self.tokens)
+        self.sum, self.tokens, self.sequence = None, 0, -1
+
+
+def _numbers(places: range | Tensor) -> Counts:
+    return np.arange(places.start, places.stop) if isinstance(places, range) else places.cpu().numpy()
+
+
+def _pieces(places: Counts, length: int) -> Iterator[tuple[int, int, int]]:
+    """Runs ``(sequence, start, stop)`` of rows that belong to the same sequence."""
+    first, last = int(places[0]) // length, int(places[-1]) // length
+    edges = np.searchsorted(places, np.arange(first, last + 2) * length).tolist()
+    for i, sequence in enumerate(range(first, last + 1)):
+        if edges[i] < edges[i + 1]:
+            yield sequence, edges[i], edges[i + 1]

@@ -12,8 +12,10 @@ from torch import Tensor
 ROWS = 1 << 12
 """Most rows of a chunk: float32 column sums over more of them would lose digits."""
 
-_CHUNK = {"cpu": 1 << 19}
+_CHUNK = {"cpu": 1 << 20}
 _CHUNK_ELSEWHERE = 1 << 23
+_AT_ONCE = 8
+_SHAPES = 64
 
 
 def chunk_rows(width: int, device: torch.device) -> int:
@@ -25,14 +27,19 @@ def chunk_rows(width: int, device: torch.device) -> int:
 class Workspace:
     """Ready-made views for chunks of one shape; making them anew for every chunk would cost more than the sums.
 
+    ``square`` lies in a buffer that all workspaces share and is free once a chunk was reduced. Everything else is
+    small, belongs to this workspace and holds a chunk's results until they are settled.
+
     Args:
-        square: Shape ``(rows, width)``: x².
-        flat: The same as a vector.
+        square: Shape ``(rows, width)``; ``flat`` is the same as a vector.
         ones: Shape ``(1, rows)``.
-        column: Shape ``(width,)``: ones.
-        sums: Shape ``(4, width)``: column sums of x and x², largest and smallest of each column.
-        parts: Its rows; the first two of shape ``(1, width)``.
-        powers: Shape ``(2,)``: sums of x³ and x⁴; ``third`` and ``fourth`` are its entries.
+        column: Shape ``(width, 1)``: ones.
+        sums: Shape ``(5, width)``: per column the sums of x and of x², the largest, the smallest, the count of
+            values that are not zero.
+        parts: Its rows; those of sums and counts of shape ``(1, width)``.
+        scalars: Shape ``(4,)``: sums of x to the powers 1 to 4; ``low`` (of shape ``(2, 1)``), ``third`` and
+            ``fourth`` are its parts.
+        rows: Shape ``(4, rows)``: squared norms, their inverse roots, squared norms of the step and of its start.
     """
 
     square: Tensor
@@ -40,10 +47,12 @@ class Workspace:
     ones: Tensor
     column: Tensor
     sums: Tensor
-    parts: tuple[Tensor, Tensor, Tensor, Tensor]
-    powers: Tensor
+    parts: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    scalars: Tensor
+    low: Tensor
     third: Tensor
     fourth: Tensor
+    rows: Tensor
 
 
 class Scratch:
@@ -55,34 +64,41 @@ class Scratch:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
         self._ones: dict[torch.device, Tensor] = {}
-        self._workspaces: dict[tuple[torch.Size, torch.device], Workspace] = {}
+        self._free: dict[tuple[torch.Size, torch.device], list[Workspace]] = {}
 
     def workspace(self, x: Tensor) -> Workspace:
-        """Views for chunks of ``x``'s shape, on its device."""
-        key = (x.shape, x.device)
-        found = self._workspaces.get(key)
-        if found is None:
-            if len(self._workspaces) > 64:  # batches of ever new lengths
-                self._workspaces.clear()
-            found = self._workspaces[key] = self._build(x)
-        return found
+        """Views for chunks of ``x``'s shape, on its device; hand them back with `release`."""
+        free = self._free.setdefault((x.shape, x.device), [])
+        if not free:
+            if len(self._free) > _SHAPES:  # batches of ever new lengths
+                self._free = {(x.shape, x.device): free}
+            free.extend(self._build(x) for _ in range(_AT_ONCE))  # one after the other is many times quicker
+        return free.pop()
+
+    def release(self, space: Workspace) -> None:
+        """Take a workspace back, unless its buffer was replaced meanwhile."""
+        buffer = self._buffers.get(("square", torch.float32, space.square.device))
+        if buffer is not None and buffer.data_ptr() == space.square.data_ptr():
+            self._free.setdefault((space.square.shape, space.square.device), []).append(space)
 
     def _build(self, x: Tensor) -> Workspace:
         rows, width = x.shape
         with torch.inference_mode(False):
             square = self.take("square", x)
-            sums = torch.empty(4, width, device=x.device)
-            powers = torch.empty(2, device=x.device)
+            sums = torch.empty(5, width, device=x.device)
+            scalars = torch.empty(4, device=x.device)
             return Workspace(
                 square=square,
                 flat=square.view(-1),
                 ones=self.ones(rows, x).view(1, rows),
-                column=self.ones(width, x),
+                column=self.ones(width, x).view(width, 1),
                 sums=sums,
-                parts=(sums[0:1], sums[1:2], sums[2], sums[3]),
-                powers=powers,
-                third=powers[0],
-                fourth=powers[1],
+                parts=(sums[0:1], sums[1:2], sums[2], sums[3], sums[4:5]),
+                scalars=scalars,
+                low=scalars[:2].view(2, 1),
+                third=scalars[2],
+                fourth=scalars[3],
+                rows=torch.empty(4, rows, device=x.device),
             )
 
     def take(self, name: str, like: Tensor) -> Tensor:
@@ -97,7 +113,7 @@ class Scratch:
             with torch.inference_mode(False):
                 buffer = torch.empty(size, dtype=dtype, device=like.device)
             self._buffers[key] = buffer
-            self._workspaces.clear()  # they may hold views of the old one
+            self._free.clear()  # they may view the old one; results that wait there stay with who waits
         return buffer[:size]
 
     def ones(self, size: int, like: Tensor) -> Tensor:
@@ -112,8 +128,8 @@ class Scratch:
     @property
     def bytes(self) -> int:
         """Bytes held."""
-        held = [*self._buffers.values(), *self._ones.values(), *(w.sums for w in self._workspaces.values())]
-        return sum(b.numel() * b.element_size() for b in held)
+        small = [t for free in self._free.values() for w in free for t in (w.sums, w.rows)]
+        return sum(b.numel() * b.element_size() for b in (*self._buffers.values(), *self._ones.values(), *small))
 
 
 def to_numpy(t: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]:

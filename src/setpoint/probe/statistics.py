@@ -276,9 +276,24 @@ class SiteStatistics:
         else:
             self.channels.add(other)
 
-    def add_active(self, other: Array) -> None:
-        """Join per-channel counts of values that are not zero."""
+    def add_active(self, other: Array, values: int) -> None:
+        """Join per-channel counts of values that are not zero, out of so many values."""
         self.active = other if self.active is None else self.active + other
+        self.seen += values
+        self.zeros += values - float(other.sum())
+
+    def add_magnitudes(self, other: Magnitudes) -> None:
+        """Join a histogram."""
+        if self.magnitudes is None:
+            self.magnitudes = other
+        else:
+            self.magnitudes.add(other)
+
+    def add_cosine(self, square: float, tokens: int) -> None:
+        """Join a sequence: the squared norm of its unit vectors' sum holds all pairwise cosines."""
+        if tokens > 1:
+            self.cosine += square - tokens
+            self.pairs += tokens * (tokens - 1)
 
     def add(self, other: SiteStatistics, first_sequence: int = 0) -> None:
         """Join the statistics that another process took of the same site; its sequences count from there on."""
@@ -288,12 +303,9 @@ class SiteStatistics:
         if other.channels is not None:
             self.add_channels(other.channels)
         if other.active is not None:
-            self.add_active(other.active)
+            self.active = other.active if self.active is None else self.active + other.active
         if other.magnitudes is not None:
-            if self.magnitudes is None:
-                self.magnitudes = other.magnitudes
-            else:
-                self.magnitudes.add(other.magnitudes)
+            self.add_magnitudes(other.magnitudes)
         self.peaks.add(other.peaks.rows, first_sequence)
         for name, group in other.groups.items():
             self.groups.setdefault(name, Group()).add(group)
