@@ -15,6 +15,7 @@ output; with transformer-lens installed, that is timed too, on its own model.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import subprocess
 import sys
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from setpoint.loading import batches_for, load
 from setpoint.probe import Recorder, registry
 from setpoint.probe.recorder_attention import attention_rows
-from setpoint.probe.stat_observe import observe
+from setpoint.probe.stat_observe import Stream, observe
 from setpoint.probe.stat_scratch import Scratch
 from setpoint.probe.statistics import Peaks, SiteStatistics
 from setpoint.surgery import Anatomy
@@ -117,6 +118,8 @@ def memory_of(name: str, tokens: int) -> None:
     loaded, batch, sites = prepare(tokens)
     run = variants(loaded, batch, sites)
     run["plain"]()
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what loading left in the allocator's hands would hide new memory
     reset_peak()
     before = peak_resident()
     kept = run[name]()
@@ -156,7 +159,7 @@ def per_site(loaded: Loaded, batch: Any, sites: tuple[Site, ...]) -> None:
     for role, (tokens, width) in widths.items():
         values, before = torch.randn(tokens, width), torch.randn(tokens, width)
         statistics = SiteStatistics(NEEDS[role], Peaks(8))
-        stream = before if role == "residual" else None
+        stream = Stream(before) if role == "residual" else None
         cost = best(lambda v=values, s=statistics, b=stream: observe(v, len(v), s, scratch, stream=b))
         moved = sum(MOVES.get(stat, 0) for stat in NEEDS[role]) * values.nbytes / MEGA
         total = cost * counts[role] / 1e3
