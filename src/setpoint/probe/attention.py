@@ -10,6 +10,7 @@ language models.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,26 +71,27 @@ class AttentionCollapse(Probe):
         if not trace.attention:
             return []
         uniform = {name: np.asarray(r.entropy) > self.entropy for name, r in trace.attention.items()}
-        heads = sum(len(u) for u in uniform.values())
-        count = sum(int(u.sum()) for u in uniform.values())
-        whole = [name for name, u in uniform.items() if u.all()]
-        if not heads or (count < self.share * heads and not whole):
+        tally = _tally(uniform, self.share)
+        if tally is None:
             return []
-        severity: Severity = "warning" if count >= self.share * heads else "info"
-        worst = sorted((n for n, u in uniform.items() if u.any()), key=lambda n: -float(uniform[n].mean()))
         highest = max(float(np.max(r.entropy)) for r in trace.attention.values())
         return [
             self.finding(
                 "heads",
-                severity,
-                value=count / heads,
+                tally.severity,
+                value=tally.count / tally.heads,
                 unit="share of heads",
-                threshold=self.share if severity == "warning" else self.entropy,
+                threshold=self.share if tally.severity == "warning" else self.entropy,
                 source="setpoint: the most even of 414 trained heads was measured at 0.97",
-                sites=worst,
-                evidence=f"{count} of {heads} heads attend to all visible tokens alike (normalized entropy above "
-                f"{self.entropy:.2f}, up to {highest:.4f}); uniform throughout: {listed(whole, 3)}.",
-                numbers={"heads": heads, "uniform": count, "highest_entropy": highest, "layers": len(whole)},
+                sites=tally.worst,
+                evidence=f"{tally.count} of {tally.heads} heads attend to all visible tokens alike (normalized entropy "
+                f"above {self.entropy:.2f}, up to {highest:.4f}); uniform throughout: {listed(tally.whole, 3)}.",
+                numbers={
+                    "heads": tally.heads,
+                    "uniform": tally.count,
+                    "highest_entropy": highest,
+                    "layers": len(tally.whole),
+                },
                 chart=_spread(trace, "entropy", "Normalized entropy of the attention", "entropy", self.entropy),
             )
         ]
@@ -143,26 +145,28 @@ class AttentionSaturation(Probe):
             name: (np.asarray(r.saturated) > self.rows) & (np.asarray(r.sink) < self.rows)
             for name, r in trace.attention.items()
         }
-        heads = sum(len(h) for h in hard.values())
-        count = sum(int(h.sum()) for h in hard.values())
-        whole = [name for name, h in hard.items() if len(h) and h.all()]
-        if not heads or (count < self.share * heads and not whole):
+        tally = _tally(hard, self.share)
+        if tally is None:
             return []
-        severity: Severity = "warning" if count >= self.share * heads else "info"
-        worst = sorted((n for n, h in hard.items() if h.any()), key=lambda n: -float(hard[n].mean()))
         logit = max(float(np.max(r.logit_max)) for r in trace.attention.values())
         return [
             self.finding(
                 "heads",
-                severity,
-                value=count / heads,
+                tally.severity,
+                value=tally.count / tally.heads,
                 unit="share of heads",
-                threshold=self.share if severity == "warning" else self.rows,
+                threshold=self.share if tally.severity == "warning" else self.rows,
                 source="exact: above 0.999 a row's softmax Jacobian is at most 0.002, 1/250 of the largest possible",
-                sites=worst,
-                evidence=f"{count} of {heads} heads give over 0.999 of the weight to one token in more than "
-                f"{percent(self.rows)} of their rows; the largest logit is {number(logit)}, first in {worst[0]}.",
-                numbers={"heads": heads, "saturated": count, "largest_logit": logit, "layers": len(whole)},
+                sites=tally.worst,
+                evidence=f"{tally.count} of {tally.heads} heads give over 0.999 of the weight to one token in more "
+                f"than {percent(self.rows)} of their rows; the largest logit is {number(logit)}, first "
+                f"in {tally.worst[0]}.",
+                numbers={
+                    "heads": tally.heads,
+                    "saturated": tally.count,
+                    "largest_logit": logit,
+                    "layers": len(tally.whole),
+                },
                 chart=_spread(trace, "saturated", "Share of rows with one weight above 0.999", "share", self.rows),
             )
         ]
@@ -196,3 +200,30 @@ class AttentionSaturation(Probe):
                 explanation=self.sink_explanation,
             )
         ]
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """Heads of a model that show something: how many, in which layers, and how bad that is."""
+
+    heads: int
+    count: int
+    whole: list[str]
+    worst: list[str]
+    severity: Severity
+
+
+def _tally(marked: Mapping[str, np.ndarray], share: float) -> _Tally | None:
+    """Count marked heads; None when they are fewer than ``share`` of all and fill no layer.
+
+    Args:
+        marked: Site name -> bool per head, shape ``(heads,)``.
+        share: Share of all heads that is a warning; a whole layer is a note.
+    """
+    heads = sum(len(m) for m in marked.values())
+    count = sum(int(m.sum()) for m in marked.values())
+    whole = [name for name, m in marked.items() if len(m) and m.all()]
+    if not heads or (count < share * heads and not whole):
+        return None
+    worst = sorted((n for n, m in marked.items() if m.any()), key=lambda n: -float(marked[n].mean()))
+    return _Tally(heads, count, whole, worst, "warning" if count >= share * heads else "info")
