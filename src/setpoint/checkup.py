@@ -10,23 +10,21 @@ import copy
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from setpoint import __version__
-from setpoint.errors import InputError, nearest
+from setpoint.errors import InputError
 from setpoint.loading import batches_for, describe_data, load, loss_for
 from setpoint.probe import registry
 from setpoint.probe.base import Subject
 from setpoint.probe.recorder import record
 from setpoint.report import ModelInfo, Report
+from setpoint.running import untouched
 from setpoint.surgery import Anatomy
-from setpoint.types import SEVERITIES, Finding, Loaded
-
-if TYPE_CHECKING:
-    from setpoint.probe.base import Probe
+from setpoint.types import Loaded
 
 Loss = Callable[[Any, Any], Tensor]
 Progress = Callable[[int, int, str], None]
@@ -87,7 +85,7 @@ def check(
         >>> report.worst in (None, "info", "warning", "error")
         True
     """
-    chosen = _chosen(probes)
+    chosen = registry.probes_for(probes)
     loaded = _subject(model, forward, device, dtype)
     origin = "the caller's own batches"
     if batches is None:
@@ -117,7 +115,7 @@ def check(
         raise
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         raise InputError(_failed(loaded, batches[0], error)) from error
-    findings: list[Finding] = [finding for probe in chosen for finding in probe(trace)]
+    findings = registry.run(chosen, trace)
     if deep:
         subject = Subject(
             model=loaded.model,
@@ -127,11 +125,11 @@ def check(
             loss=measure or loss_for(loaded),
             progress=progress,
         )
-        findings = registry.deepen(subject, trace, findings, codes=frozenset(probes))
+        with untouched(loaded.model):
+            findings = registry.deepen(subject, trace, findings, codes=frozenset(probes))
     findings = [registry.with_remedies(finding, trace.structure) for finding in findings]
     ignored = frozenset(ignore)
     findings = [finding for finding in findings if not ignored & {finding.id, finding.code}]
-    findings.sort(key=lambda finding: -SEVERITIES.index(finding.severity))
     return Report(
         model=_info(loaded),
         findings=tuple(findings),
@@ -163,14 +161,6 @@ def _outline(batch: Any) -> str:
     if isinstance(batch, (list, tuple)):
         return "(" + ", ".join(map(_outline, batch)) + ")"
     return type(batch).__name__
-
-
-def _chosen(codes: Collection[str]) -> tuple[Probe, ...]:
-    unknown = sorted(set(codes) - set(registry.codes()))
-    if unknown:
-        near = ", ".join(nearest(unknown[0], registry.codes()))
-        raise InputError(f"There is no finding called {unknown[0]!r}; the nearest are {near}.")
-    return registry.probes_for(frozenset(codes))
 
 
 def _subject(

@@ -158,7 +158,7 @@ def anatomy(model: Model, data: Data = None, hub: Hub = False, trust_code: Trust
         from setpoint.surgery import Anatomy
 
         loaded = load(model, hub=hub, trust_code=trust_code)
-        batches = list(loaded.batches or batches_for(loaded, data, tokens=64, count=1))
+        batches = batches_for(loaded, data, tokens=64, count=1)
         show(0, 0, "reading the structure")
         tree = Anatomy.trace(loaded.model, batches[0], forward=loaded.forward).tree()
     _console().print(tree)

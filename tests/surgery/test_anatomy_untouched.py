@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from setpoint.running import unwrap
 from setpoint.surgery import Anatomy
-from setpoint.surgery.tape import unwrap
 
 
 class Net(nn.Module):

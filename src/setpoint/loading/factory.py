@@ -23,23 +23,6 @@ from torch import Tensor, nn
 from setpoint.errors import InputError, nearest
 
 
-def run(model: nn.Module, batch: Any) -> Any:
-    """Run one batch: a tensor as it is, a tuple or list as positional arguments, a dict as keyword arguments.
-
-    Args:
-        model: The network.
-        batch: A tensor, a tuple or list, or a dict.
-
-    Returns:
-        What the model returns.
-    """
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
-
-
 def from_factory(source: str) -> tuple[nn.Module, tuple[Any, ...], Callable[[Any, Any], Tensor] | None]:
     """Build the model that ``module:factory`` names.
 

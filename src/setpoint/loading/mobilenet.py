@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from setpoint.data.images import ImageTransform
 from setpoint.errors import InputError
-from setpoint.loading.factory import run
 from setpoint.loading.pickles import read_pickle
 from setpoint.loading.wording import one_line
+from setpoint.running import run_batch
 from setpoint.types import Loaded
 
 _STAGES = (
@@ -136,6 +136,6 @@ def load_mobilenet(path: Path, dtype: torch.dtype) -> Loaded:
         model=model.to(dtype).eval().requires_grad_(True),
         processor=ImageTransform(),
         task="image-classification",
-        forward=run,
+        forward=run_batch,
         source=str(path),
     )

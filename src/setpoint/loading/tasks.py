@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from setpoint.loading.factory import run
+from setpoint.running import run_batch
 from setpoint.types import Task
 
 
@@ -46,7 +46,7 @@ def task_of(model: nn.Module) -> Task:
 
 
 def forward_for(model: nn.Module) -> Callable[[nn.Module, Any], Any]:
-    """How a batch is run: models of transformers without the key-value cache, anything else by `run`.
+    """How a batch is run: models of transformers without the key-value cache, anything else by `run_batch`.
 
     Args:
         model: The network.
@@ -55,7 +55,7 @@ def forward_for(model: nn.Module) -> Callable[[nn.Module, Any], Any]:
         ``forward(model, batch)``.
     """
     config = getattr(model, "config", None)
-    return run_without_cache if hasattr(config, "use_cache") else run
+    return run_without_cache if hasattr(config, "use_cache") else run_batch
 
 
 def run_without_cache(model: nn.Module, batch: Any) -> Any:

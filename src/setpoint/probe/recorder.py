@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.probe.recorder_gradient import gather
-from setpoint.probe.recorder_hooks import Groups, Needs, Recorder, unwrap
+from setpoint.probe.recorder_hooks import Groups, Needs, Recorder
+from setpoint.running import run_batch, untouched, unwrap
 from setpoint.types import Site, SiteRole, Stat, Task, Trace
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def record(
     """Run a model over batches and record the signals inside it.
 
     The model runs in eval mode, without gradients unless a loss is given, and is afterwards as it was: no hook, the
-    same modes, the same ``.grad`` of every parameter.
+    same modes, buffers and random state, the same ``.grad`` of every parameter.
 
     Args:
         model: The network.
@@ -97,7 +98,7 @@ def record(
     recorder = Recorder(inner, sites, needs=wanted, groups=groups, exact=exact, top_k=top_k)
     total = len(batches) if isinstance(batches, Sized) else 0
     losses: list[tuple[float, int]] = []
-    with evaluating(inner), fresh_gradients(inner), recorder:
+    with untouched(inner), fresh_gradients(inner), recorder:
         for done, batch in enumerate(_chain(first, iterator)):
             if progress is not None:
                 progress(done, total, "recording")
@@ -124,31 +125,12 @@ def record(
     )
 
 
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Run one batch: a mapping as keywords, a tuple or list as positions, anything else as the only argument."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple | list) else model(batch)
-
-
 def with_gradients(needs: Needs) -> Needs:
     """The needs with gradients at the residual stream added."""
     if not isinstance(needs, Mapping):
         return frozenset(needs) | {Stat.GRADIENT}
     stream: tuple[SiteRole, ...] = ("embedding", "residual")
     return {**needs, **{role: frozenset(needs.get(role, ())) | {Stat.GRADIENT} for role in stream}}
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and each module's own mode back afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

@@ -12,11 +12,10 @@ which break models that write ``y += x``.
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -28,11 +27,12 @@ from torch import Tensor, nn
 from setpoint.errors import InputError, nearest
 from setpoint.probe.recorder_attention import CoreListener, RowSums, settle_rows
 from setpoint.probe.recorder_gradient import ParameterWatch, gather, in_backward, watch_gradient
-from setpoint.probe.recorder_inputs import Inputs, tensors_of
+from setpoint.probe.recorder_inputs import Inputs
 from setpoint.probe.stat_kernels import sum_of_squares
 from setpoint.probe.stat_observe import Stream, observe
 from setpoint.probe.stat_scratch import Scratch
 from setpoint.probe.statistics import AttentionStatistics, Magnitudes, Peaks, SiteStatistics, merge_sites
+from setpoint.running import plain_execution, tensors_of, unwrap
 from setpoint.types import Site, SiteRole, Stat, Task, Trace
 
 Needs = Collection[Stat] | Mapping[SiteRole, Collection[Stat]]
@@ -121,7 +121,7 @@ class Recorder:
         if self._stack is not None:
             raise InputError("This recorder is already recording. Leave its `with` block before entering it again.")
         with ExitStack() as stack:
-            stack.enter_context(_plain_execution())
+            stack.enter_context(plain_execution())
             root = self.model.register_forward_pre_hook(self._begin_pass, with_kwargs=True, prepend=True)
             stack.callback(root.remove)
             for name, sites in self._taps.items():
@@ -218,8 +218,9 @@ class Recorder:
             if inputs:
                 self._catch(inputs, call, (args, kwargs))
             if attentions:
+                if not self._cores:  # one module that owns a core may hold another; the listener hears a core once
+                    self._listener.__enter__()  # type: ignore[no-untyped-call]
                 self._cores.append(_Cores([site for site in attentions if site.tap.call == call]))
-                self._listener.__enter__()  # type: ignore[no-untyped-call]
 
         def after(_: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG001
             if in_backward():
@@ -227,8 +228,9 @@ class Recorder:
                     self._recomputed(outputs, output)
                 return
             if attentions and self._cores:
-                self._listener.__exit__(None, None, None)  # type: ignore[no-untyped-call]
                 self._cores.pop()
+                if not self._cores:
+                    self._listener.__exit__(None, None, None)  # type: ignore[no-untyped-call]
             if outputs:
                 self._catch(outputs, self._calls[name] - 1, output)
 
@@ -406,21 +408,6 @@ def quiet(device: torch.device | None) -> AbstractContextManager[Any]:
     return torch.no_grad() if torch.is_grad_enabled() else _NOTHING
 
 
-@contextmanager
-def _plain_execution() -> Iterator[None]:
-    """Modules run as they are written: no fused attention path, no compiled code, which both pass hooks by."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        if "torch._dynamo" in sys.modules:
-            with torch.compiler.set_stance("force_eager"):
-                yield
-        else:
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model, below any DDP wrapper, is a wrapper made by `torch.compile`."""
     while isinstance(model, nn.parallel.DistributedDataParallel):
@@ -431,17 +418,6 @@ def is_compiled(model: nn.Module) -> bool:
 def is_distributed(model: nn.Module) -> bool:
     """Whether a wrapper averages the gradients over processes at the end of the backward."""
     return isinstance(getattr(model, "_orig_mod", model), nn.parallel.DistributedDataParallel)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DDP and `torch.compile` wrappers."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
-            model = inner
-        else:
-            return model
 
 
 def _by_sequence(values: Tensor, axis: int, shape: tuple[int, int] | None) -> Tensor:
@@ -477,4 +453,4 @@ def _refuse_bad_sites(sites: Sequence[Site], modules: Mapping[str, nn.Module]) -
             )
 
 
-__all__ = ["Groups", "Needs", "Recorder", "is_compiled", "quiet", "unwrap"]
+__all__ = ["Groups", "Needs", "Recorder", "is_compiled", "quiet"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,24 +9,6 @@ from torch import Tensor
 
 from setpoint.errors import InputError
 from setpoint.probe.stat_observe import Selection
-
-
-def tensors_of(tree: Any) -> list[Tensor]:
-    """The tensors in nested tuples, lists, mappings and dataclasses, flattened in order; `Tap.index` counts these.
-
-    >>> import torch
-    >>> [t.shape[0] for t in tensors_of((torch.ones(1), {"a": [torch.ones(2), None]}))]
-    [1, 2]
-    """
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, tuple | list):
-        return [t for item in tree for t in tensors_of(item)]
-    if isinstance(tree, Mapping):
-        return [t for item in tree.values() for t in tensors_of(item)]
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        return [t for f in dataclasses.fields(tree) for t in tensors_of(getattr(tree, f.name))]
-    return []
 
 
 class Inputs:

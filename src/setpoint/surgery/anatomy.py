@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from setpoint.surgery import tape as tapes
+from setpoint.errors import InputError
+from setpoint.running import Forward, untouched, unwrap
 from setpoint.surgery.branches import Addition, find_additions, find_chains, read_branches
 from setpoint.surgery.graph import Graph, bit
 from setpoint.surgery.norms import find_norms, find_uses, reaches, site
 from setpoint.surgery.ops import is_known
-from setpoint.surgery.tape import Call, Forward, Value
+from setpoint.surgery.tape import Call, Value, record
 from setpoint.types import AttentionSite, Block, Branch, Chain, NormSite, Projection, Site, Tap, Unread, Writer
 
 if TYPE_CHECKING:
@@ -41,7 +42,6 @@ class Anatomy:
         head: The last weight after the last block, None if there is none.
         tied: Groups of parameter names that share one tensor.
         unread: What could not be read, and why.
-        structure: Words for what the model has, as listed at `setpoint.types.Trace`.
         taps: Where the stream enters the first block and where the logits leave.
 
     Example:
@@ -63,13 +63,34 @@ class Anatomy:
     head: Projection | None
     tied: tuple[tuple[str, ...], ...]
     unread: tuple[Unread, ...]
-    structure: frozenset[str]
     taps: Mapping[str, Tap | None] = field(default_factory=dict)
 
     @property
     def feeds(self) -> Mapping[str, frozenset[str]]:
         """Norm name -> names of the weight-carrying modules that read it."""
         return {name: norm.feeds for name, norm in self.norms.items()}
+
+    @property
+    def structure(self) -> frozenset[str]:
+        """Words for what the model has, as listed at `setpoint.types.Trace`."""
+        words = {f"{norm.kind}-norm" for norm in self.norms.values()}
+        words |= {branch.role for block in self.blocks for branch in block.branches}
+        words |= {block.placement for block in self.blocks if block.placement in ("pre", "post", "peri", "output")}
+        if self.attention:
+            words.add("attention")
+        if any(site.causal for site in self.attention):
+            words.add("causal")
+        if any(branch.feed_forward is not None for block in self.blocks for branch in block.branches):
+            words.add("feed_forward")
+        if self.blocks:
+            words.add("residual")
+        if self.chains:
+            words.add("convolution")
+        if self.head is not None:
+            words.add("head")
+        if self.embeddings:
+            words.add("embedding")
+        return frozenset(words)
 
     @classmethod
     def trace(cls, model: nn.Module, batch: Any, *, forward: Forward | None = None) -> Anatomy:
@@ -83,9 +104,14 @@ class Anatomy:
         Raises:
             setpoint.errors.InputError: A fully sharded model.
         """
-        model = tapes.unwrap(model)
-        with tapes.untouched(model):
-            tape = tapes.record(model, batch, forward)
+        model = unwrap(model)
+        if "FullyShardedDataParallel" in type(model).__name__:
+            raise InputError(
+                "expected a plain module, got one wrapped in FullyShardedDataParallel, whose weights are flattened; "
+                "trace the model before it is sharded"
+            )
+        with untouched(model):
+            tape = record(model, batch, forward)
             return _read(model, Graph(tape))
 
     def sites(self) -> tuple[Site, ...]:
@@ -140,7 +166,7 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         names.setdefault(id(parameter), []).append(name)
     shared_modules = {name for name, _ in model.named_modules()}
     tied = tuple(tuple(group) for group in names.values() if len(group) > 1)
-    anatomy = Anatomy(
+    return Anatomy(
         blocks,
         norms,
         chains,
@@ -150,11 +176,8 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         head,
         tied,
         _unread(model, graph, shared_modules),
-        frozenset(),
         taps,
     )
-    object.__setattr__(anatomy, "structure", _structure(anatomy))
-    return anatomy
 
 
 def _without_final_norm(branches: list[Branch], earlier: list[Addition]) -> list[Branch]:
@@ -271,24 +294,3 @@ def _unread(model: nn.Module, graph: Graph, names: set[str]) -> tuple[Unread, ..
                 Unread(node.call.name, f"the op {node.op} takes a parameter and its meaning is not known here")
             )
     return tuple(dict.fromkeys(part for part in found if part.name in names))
-
-
-def _structure(anatomy: Anatomy) -> frozenset[str]:
-    words = {f"{norm.kind}-norm" for norm in anatomy.norms.values()}
-    words |= {branch.role for block in anatomy.blocks for branch in block.branches}
-    words |= {block.placement for block in anatomy.blocks if block.placement in ("pre", "post", "peri", "output")}
-    if anatomy.attention:
-        words.add("attention")
-    if any(site.causal for site in anatomy.attention):
-        words.add("causal")
-    if any(branch.feed_forward is not None for block in anatomy.blocks for branch in block.branches):
-        words.add("feed_forward")
-    if anatomy.blocks:
-        words.add("residual")
-    if anatomy.chains:
-        words.add("convolution")
-    if anatomy.head is not None:
-        words.add("head")
-    if anatomy.embeddings:
-        words.add("embedding")
-    return frozenset(words)

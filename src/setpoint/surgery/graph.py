@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from setpoint.running import tensors_of
 from setpoint.surgery.ops import CONTRACTIONS, CONVOLUTIONS, ELEMENTWISE, MOVES, NORMS
-from setpoint.surgery.tape import Call, Node, Tape, Value, tensors_of
+from setpoint.surgery.tape import Call, Node, Tape, Value
 from setpoint.types import Projection, Tap
 
 
@@ -151,7 +152,7 @@ class Graph:
     def last_weight(self, value: Value, below: int = 0) -> Weight | None:
         """The latest weight that a value comes from with no other weight or core between; descends from ``below``."""
         reach = self.light.get(value.index, 0) | 1 << value.index
-        for index in sorted(self.weights, reverse=True):
+        for index in reversed(self.weights):  # entered in order of execution
             if index <= value.index and reach >> index & 1 and (not below or self.ancestors[index] & below):
                 return self.weights[index]
         return None

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from setpoint.running import tensors_of
 from setpoint.surgery.graph import Graph, bit
 from setpoint.surgery.ops import ACTIVATIONS, ELEMENTWISE, MOVES, NORMS, REDUCTIONS
-from setpoint.surgery.tape import Call, Node, Value, tensors_of
+from setpoint.surgery.tape import Call, Node, Value
 from setpoint.types import NormKind, NormSite, Use
 
 _REDUCING = REDUCTIONS - {"rms_norm"}

@@ -11,53 +11,20 @@ And tensors are recognised by identity, so the tape holds every one of them unti
 
 from __future__ import annotations
 
-import dataclasses
-import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
-from setpoint.errors import InputError
+from setpoint.running import Forward, run_batch, tensors_of
 from setpoint.surgery.ops import NO_VALUE, plain_name, raw_name, writes_in_place
-
-Forward = Callable[[nn.Module, Any], Any]
-
-
-def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Run one batch the usual way: a mapping as keywords, a tuple or list as positions, anything else as it is."""
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, tuple | list):
-        return model(*batch)
-    return model(batch)
-
-
-def tensors_of(*trees: Any) -> list[Tensor]:
-    """Every tensor in nested tuples, lists, mappings and dataclasses, in order; `Tap.index` counts these.
-
-    >>> [t.item() for t in tensors_of({"a": torch.tensor(1), "b": (torch.tensor(2), None)}, torch.tensor(3))]
-    [1, 2, 3]
-    """
-    found: list[Tensor] = []
-    for tree in trees:
-        if isinstance(tree, Tensor):
-            found.append(tree)
-        elif isinstance(tree, tuple | list):
-            found.extend(tensors_of(*tree))
-        elif isinstance(tree, Mapping):
-            found.extend(tensors_of(*tree.values()))
-        elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-            found.extend(tensors_of(*(getattr(tree, f.name) for f in dataclasses.fields(tree))))
-    return found
 
 
 @dataclass(slots=True, eq=False)
@@ -301,101 +268,6 @@ def open_composites() -> Iterator[None]:
     finally:
         for module, check, original in replaced:
             setattr(module, check, original)
-
-
-@contextmanager
-def _modes(model: nn.Module) -> Iterator[None]:
-    """Eval mode by the flags alone: an overridden ``train`` may do more than set them."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
-        for module, training in flags:
-            if training:
-                module.training = False
-        yield
-    finally:
-        for module, training in flags:
-            if module.training != training:
-                module.training = training
-
-
-@contextmanager
-def _buffers(model: nn.Module) -> Iterator[None]:
-    """Put every buffer back, the object and its contents."""
-    kept = [
-        (module, key, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for key, buffer in module._buffers.items()
-        if buffer is not None
-    ]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for module, key, buffer, copy in kept:
-                if module._buffers.get(key) is not buffer:
-                    module._buffers[key] = buffer
-                if not _same(buffer, copy):
-                    buffer.copy_(copy)
-
-
-def _same(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-
-
-@contextmanager
-def _random_state() -> Iterator[None]:
-    python, numpy_state, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state_all(cuda)
-
-
-@contextmanager
-def _unfused(model: nn.Module) -> Iterator[None]:
-    """Run nn.MultiheadAttention and nn.TransformerEncoderLayer, and compiled modules, as the Python they are."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    with ExitStack() as stack:
-        if any(m._compiled_call_impl is not None or hasattr(m, "_orig_mod") for m in model.modules()):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        torch.backends.mha.set_fastpath_enabled(False)
-        try:
-            yield
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Run ``model`` in eval mode without gradients; afterwards modes, buffers and random states are as before."""
-    with _modes(model), _buffers(model), _random_state(), _unfused(model), torch.no_grad():
-        yield
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside ``torch.compile`` and data-parallel wrappers.
-
-    Raises:
-        InputError: For fully sharded models, whose parameters are not those of the network.
-    """
-    while True:
-        if "FullyShardedDataParallel" in type(model).__name__:
-            raise InputError(
-                "expected a plain module, got one wrapped in FullyShardedDataParallel, whose weights are "
-                "flattened; trace the model before it is sharded"
-            )
-        inner = getattr(model, "_orig_mod", None)
-        if isinstance(inner, nn.Module):
-            model = inner
-        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
 
 
 def record(model: nn.Module, batch: Any, forward: Forward | None = None) -> Tape:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.probe.interventions.hooks import caught, exchange, module_at
-from setpoint.surgery.tape import run_batch
+from setpoint.running import run_batch
 from setpoint.types import Tap
 
 

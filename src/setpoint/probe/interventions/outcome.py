@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from setpoint.probe.base import Subject, percent
-from setpoint.surgery.tape import tensors_of
+from setpoint.running import tensors_of
 from setpoint.types import Task
 
 Change = Callable[[int], AbstractContextManager[Any]]

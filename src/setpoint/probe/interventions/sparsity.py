@@ -30,7 +30,7 @@ from setpoint.errors import InputError
 from setpoint.probe.activity import ActivationSparsity
 from setpoint.probe.base import Intervention, Subject, number, percent, profile
 from setpoint.probe.interventions.hooks import caught, module_at
-from setpoint.surgery.tape import run_batch
+from setpoint.running import run_batch
 from setpoint.types import Finding, Tap, Trace
 
 Forward = Callable[[nn.Module, Any], Any]
