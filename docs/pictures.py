@@ -18,7 +18,7 @@ SHOWN = {
     "smollm2": "magnitude of the residual",
     "minilm": "cosine between",
     "vit-s": "variance of the residual",
-    "mobilenetv2": "never active",
+    "mobilenetv2": "never fire",
 }
 
 
