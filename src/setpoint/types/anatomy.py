@@ -14,8 +14,8 @@ SiteRole = Literal["embedding", "residual", "branch", "norm", "hidden", "attenti
 
 ``embedding``: the residual stream before the first block. ``residual``: the stream after a block. ``branch``: what a
 sub-layer adds to the stream. ``norm``: a norm's output. ``hidden``: a feed-forward's activations as its down
-projection reads them. ``attention``: queries and keys as they enter the attention core. ``convolution``: the output
-of a conv -> norm -> activation chain. ``logits``: the head's output.
+projection reads them, or those behind a linear outside blocks. ``attention``: queries and keys as they enter the
+attention core. ``convolution``: the output of a conv -> norm -> activation chain. ``logits``: the head's output.
 """
 
 BranchRole = Literal["attention", "cross_attention", "feed_forward", "convolution", "parallel", "other"]
@@ -75,18 +75,22 @@ class Use:
     Args:
         module: Qualified name of the module that reads.
         parameter: Qualified name of the weight, "" for an op.
-        input_axis: The parameter's axis that meets the norm's channels (1 for `nn.Linear`, 0 for GPT-2's Conv1D).
-        slice: ``(start, stop)`` of the norm's channels that are read, None for all.
+        input_axis: The parameter's axis that meets the norm's channels (1 for `nn.Linear`, 0 for GPT-2's Conv1D and for
+            a depthwise convolution); None where no single axis does (a grouped convolution, heads split before a
+            batched product), so that nothing can be folded.
+        slice: The norm's channels that are read, in the order in which the parameter's input axis meets them: entry i
+            meets index i, -1 where something else is read there. A range when contiguous, None for all as they are.
         call_index: Which of the reader's calls.
         via: Names of the ops between norm and reader, in order (reshape, slice, dropout, cast). Element-wise
-            activations appear here too and forbid a fold.
+            activations appear here too and forbid a fold, as does ``"merge"``: channels are flattened together with
+            tokens or joined with other channels, so that ``slice`` repeats or skips.
         op: Name of the reading op when it carries no weight.
     """
 
     module: str
     parameter: str = ""
     input_axis: int | None = None
-    slice: tuple[int, int] | None = None
+    slice: range | tuple[int, ...] | None = None
     call_index: int = 0
     via: tuple[str, ...] = ()
     op: str = ""
@@ -96,6 +100,11 @@ class Use:
         """Whether the reader is a weight, so that a scale or shift could be folded into it."""
         return bool(self.parameter)
 
+    @property
+    def foldable(self) -> bool:
+        """Whether a per-channel scale may be folded into the reader: a weight, one axis, nothing but moves between."""
+        return self.is_weight and self.input_axis is not None and PASS_THROUGH.issuperset(self.via)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class NormSite:
@@ -104,8 +113,8 @@ class NormSite:
     Args:
         name: Qualified name of its module, or of the module in whose forward it is computed plus ``"#n"``.
         kind: The family it behaves as.
-        axes: Axes normalized over, negative, counted on the input.
-        eps: The epsilon it adds, None when it could not be read.
+        axes: Axes normalized over, negative, counted on the input (the channel axis of a group norm among them).
+        eps: The epsilon it adds under the root, None when it could not be read.
         centred: Whether the mean is removed.
         gain: Effective multiplier as seen by the input (Gemma stores gain - 1; this is the gain), or None.
         shift: Effective addend, or None.
@@ -113,6 +122,7 @@ class NormSite:
         shift_parameter: Qualified name of the parameter behind the shift, "" if none.
         uses: Every reader of every call, in order.
         calls: How often it ran in the pass.
+        groups: How many groups of channels are normalized apart from each other (group norm), 1 otherwise.
     """
 
     name: str
@@ -126,6 +136,7 @@ class NormSite:
     shift_parameter: str = ""
     uses: tuple[Use, ...] = ()
     calls: int = 1
+    groups: int = 1
 
     @property
     def feeds(self) -> frozenset[str]:
@@ -135,7 +146,7 @@ class NormSite:
     @property
     def foldable(self) -> bool:
         """Whether a per-channel scale may be folded: every use is a weight use with no activation between."""
-        return bool(self.uses) and all(use.is_weight and PASS_THROUGH.issuperset(use.via) for use in self.uses)
+        return bool(self.uses) and all(use.foldable for use in self.uses)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +208,7 @@ class FeedForwardSite:
         up: First projection (the ungated half of a gated one).
         gate: The half that goes through the activation, None when ungated.
         down: Last projection.
-        activation: Name of the element-wise function ("silu", "gelu", "relu", ...).
+        activation: Name of the element-wise function ("silu", "gelu", "gelu_tanh", "relu", ...).
         hidden: Where the activations that the down projection reads can be caught, None inside fused expert code.
         experts: Number of experts; 1 for a dense feed-forward.
     """
@@ -222,8 +233,9 @@ class Branch:
         input_norms: Norms between the stream and the branch's first weight.
         output_norms: Norms between the branch's last weight and the addition.
         after_norms: Norms applied to the stream right after the addition (post-norm).
-        writer: Last weight of the branch, None if unread.
+        writer: Last weight of the branch, None if unread; of a weight and its low-rank adapter, the weight.
         attention, feed_forward: The recognised sub-layer.
+        inner_norms: Norms between the branch's first and last weight (ConvNeXt's; those on queries and keys).
     """
 
     role: BranchRole
@@ -235,6 +247,18 @@ class Branch:
     writer: Projection | None = None
     attention: AttentionSite | None = None
     feed_forward: FeedForwardSite | None = None
+    inner_norms: tuple[str, ...] = ()
+
+    @property
+    def placement(self) -> str:
+        """Where its norms stand, one of the words of `Block.placement`."""
+        if self.input_norms:
+            return "peri" if self.output_norms else "pre"
+        if self.after_norms:
+            return "post"
+        if self.output_norms:
+            return "output"
+        return "inner" if self.inner_norms else "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,25 +283,14 @@ class Block:
 
     @property
     def placement(self) -> str:
-        """Where the norms stand: ``pre``, ``post``, ``peri`` (both sides), ``output``, ``none`` or ``mixed``."""
-        kinds = {
-            "post"
-            if b.after_norms and not b.input_norms
-            else "peri"
-            if b.input_norms and b.output_norms
-            else "pre"
-            if b.input_norms
-            else "output"
-            if b.output_norms
-            else "none"
-            for b in self.branches
-        }
+        """Where norms stand: ``pre``, ``post``, ``peri`` (both sides), ``output``, ``inner``, ``none``, ``mixed``."""
+        kinds = {branch.placement for branch in self.branches}
         return kinds.pop() if len(kinds) == 1 else "mixed" if kinds else "none"
 
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """A convolution with the norm and activation that follow it.
+    """A convolution, or a linear outside blocks, with the norm and activation that follow it.
 
     Args:
         convolution: The weight; its module is the chain's name.
@@ -296,17 +309,31 @@ class Chain:
 
 @dataclass(frozen=True, slots=True)
 class Writer:
-    """A weight whose output is added to the residual stream (embeddings included).
+    """A weight, or a bare parameter, that is added to the residual stream.
 
     Args:
-        projection: The weight.
-        block: Index of the block, None for embeddings.
-        role: The branch's role, or ``"embedding"``.
+        projection: The weight. Of a parameter added as it is (a class token, learned positions, a bias on its own) the
+            module is the one in whose forward it is added, and ``output_axis`` its channel axis.
+        block: Index of the block, None for what a stream starts from.
+        role: The branch's role; ``"embedding"`` for what a stream starts from (tables, a patch convolution, learned
+            positions, the projection between two stages).
+        via: Names of the ops between the weight and the sum, in order: those of `PASS_THROUGH`, ``"scale"`` for a
+            factor that is a number or a parameter, and other ops and norms by their own name.
+        scale: Qualified name of a parameter that multiplies in between (LayerScale's gamma), "" if none.
+        norms: Names of the norms in between.
     """
 
     projection: Projection
     block: int | None
     role: BranchRole | Literal["embedding"]
+    via: tuple[str, ...] = ()
+    scale: str = ""
+    norms: tuple[str, ...] = ()
+
+    @property
+    def linear(self) -> bool:
+        """Whether the stream gets the output times fixed factors, so that centring it centres what is added."""
+        return all(name in PASS_THROUGH or name == "scale" for name in self.via)
 
 
 @dataclass(frozen=True, slots=True)
