@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import setpoint
+from setpoint import checkup
 from setpoint.errors import InputError
 
 
@@ -85,6 +86,24 @@ def test_no_batches_is_an_error_that_says_what_to_give() -> None:
 def test_a_batch_that_does_not_fit_names_the_failure() -> None:
     with pytest.raises(InputError, match="could not be run"):
         setpoint.check(net(), [torch.randn(2, 16, 33)])
+
+
+def test_a_loss_that_fails_is_named_as_the_loss() -> None:
+    def loss(output: Tensor, batch: Tensor) -> Tensor:
+        return output @ torch.zeros(7)
+
+    with pytest.raises(InputError, match=r"The loss failed on the output of Sequential.*loss\(output, batch\)"):
+        setpoint.check(net(), [torch.randn(2, 16, 32)], loss=loss)
+
+
+def test_a_fault_of_our_own_is_not_blamed_on_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise ValueError("a mistake in the recorder")
+
+    monkeypatch.setattr(checkup, "record", broken)
+    with pytest.raises(ValueError, match=r"^a mistake in the recorder$") as caught:
+        setpoint.check(net(), [torch.randn(2, 16, 32)])
+    assert not isinstance(caught.value, InputError)
 
 
 def test_unknown_codes_get_the_nearest() -> None:

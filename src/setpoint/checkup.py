@@ -7,7 +7,7 @@ with ``deep``, interventions that run passes of their own. The model is as it wa
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,8 +113,9 @@ def check(
         )
     except InputError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
-        raise InputError(_failed(loaded, batches[0], error)) from error
+    except Exception:
+        _blame(loaded, batches, measure)
+        raise
     findings = registry.run(chosen, trace)
     if deep:
         subject = Subject(
@@ -145,12 +146,33 @@ def check(
     )
 
 
-def _failed(loaded: Loaded, batch: Any, error: Exception) -> str:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return (
-        f"{loaded.source} could not be run on a batch that is {_outline(batch)}: {reason}. "
-        "A tensor is passed as the only argument, a tuple as positional and a dict as keyword arguments."
-    )
+def _blame(loaded: Loaded, batches: Sequence[Any], loss: Loss | None) -> None:
+    """Run the model again, unwatched: if it fails by itself, say so; if it does not, the fault is in here.
+
+    Raises:
+        InputError: The model, or the loss, fails on a batch without anybody measuring.
+    """
+    with untouched(loaded.model):
+        for batch in batches:
+            try:
+                output = loaded.forward(loaded.model, batch)
+            except Exception as error:
+                raise InputError(
+                    f"{loaded.source} could not be run on a batch that is {_outline(batch)}: {_reason(error)}. "
+                    "A tensor is passed as the only argument, a tuple as positional and a dict as keyword arguments."
+                ) from error
+            try:
+                if loss is not None:
+                    loss(output, batch)
+            except Exception as error:
+                raise InputError(
+                    f"The loss failed on the output of {loaded.source}, {_outline(output)}, and a batch that is "
+                    f"{_outline(batch)}: {_reason(error)}. It is called as loss(output, batch)."
+                ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__).removesuffix(".")
 
 
 def _outline(batch: Any) -> str:
