@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from setpoint.surgery.graph import Graph, Weight, bit, members
+from setpoint.surgery.indices import output_rows
 from setpoint.surgery.norms import NormRead, reaches
 from setpoint.surgery.ops import ACTIVATIONS, CONVOLUTIONS, MOVES
 from setpoint.surgery.tape import Call, Node, Value
@@ -193,7 +194,7 @@ def _attention(graph: Graph, node: Node, norms: list[NormRead]) -> AttentionSite
         for place, value in enumerate(triple):
             weight = graph.last_weight(value)
             if weight is not None:
-                rows = graph.rows(weight, value)
+                rows = output_rows(graph, weight, value)
                 projections[place] = weight.projection(rows)
                 widths[place] = len(rows) if rows is not None else weight.parameter.tensor.shape[weight.output_axis]
     heads, head_dim = _heads(node, triple, widths)
@@ -266,7 +267,7 @@ def _feed_forward(graph: Graph, weights: list[Weight], down: Weight | None, here
     first = graph.last_weight(before)
     if first is None or first is down or first.is_convolution or down.is_convolution:
         return None
-    up, gate = first.projection(graph.rows(first, before)), None
+    up, gate = first.projection(output_rows(graph, first, before)), None
     for node in graph.tape.nodes:
         if node.op != "mul" or not node.outputs or node.outputs[0].index not in here:
             continue
@@ -276,7 +277,7 @@ def _feed_forward(graph: Graph, weights: list[Weight], down: Weight | None, here
         for gated, plain in (factors, factors[::-1]):
             if reaches(graph, made, gated) and not reaches(graph, made, plain):
                 other = graph.last_weight(plain)
-                rows = graph.rows(other, plain) if other else None
+                rows = output_rows(graph, other, plain) if other else None
                 if other is not None and (other is not first or rows != up.rows):
                     up, gate = other.projection(rows), up
                 break

@@ -10,24 +10,27 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from setpoint.running import tensors_of
-from setpoint.surgery.ops import CONTRACTIONS, CONVOLUTIONS, ELEMENTWISE, MOVES, NORMS
+from setpoint.surgery.ops import CONTRACTIONS, CONVOLUTIONS, MOVES
 from setpoint.surgery.tape import Call, Node, Tape, Value
 from setpoint.types import Projection, Tap
 
 
 @dataclass(slots=True, eq=False)
 class Weight:
-    """A contraction with a parameter: the node, the parameter, and which of its axes meets the input."""
+    """A contraction with a parameter: the node, the parameter, and which of its axes meets which of the input's.
+
+    ``input_axis`` is None where no single axis of the parameter meets the channels (a grouped convolution).
+    """
 
     node: Node
     parameter: Value
-    input_axis: int
+    source_axis: int
+    input_axis: int | None
     output_axis: int
     bias: str
     source: Value | None
@@ -111,14 +114,14 @@ class Graph:
         sources = [seen for seen, root in found if root.kind != "parameter" and seen.floating]
         if not matrices or not sources:
             return None
-        seen, root = matrices[0]
-        axes = (1, 0) if node.op == "linear" or node.op in CONVOLUTIONS else (seen.tensor.dim() - 2, -1)
-        if node.op.startswith("conv_transpose"):
-            axes = (0, 1)
-        into, out = (axis % seen.tensor.dim() for axis in axes)
-        into, out = self._axis(seen, root, into), self._axis(seen, root, out)
+        (seen, root), source = matrices[0], sources[0]
+        axes = _axes(node, seen.tensor, source.tensor, node.inputs.index(seen) < node.inputs.index(source))
+        output = self._axis(seen, root, axes.output % seen.tensor.dim())
+        into = None if axes.input is None else self._axis(seen, root, axes.input % seen.tensor.dim())
+        if axes.input is not None and (into is None or root.tensor.shape[into] != seen.tensor.shape[axes.input]):
+            into = None
         biases = [r.name for _, r in found if r.kind == "parameter" and r.tensor.dim() == 1]
-        return Weight(node, root, into, out, biases[0] if biases else "", sources[0])
+        return Weight(node, root, axes.source, into, output, biases[0] if biases else "", source)
 
     def _axis(self, seen: Value, root: Value, axis: int) -> int:
         """Carry an axis of a view back to its parameter, through transposes and indexing of leading axes."""
@@ -171,68 +174,6 @@ class Graph:
                         ahead.append(output)
         return None
 
-    # rows of fused weights -------------------------------------------------------------------------------------------
-
-    def rows(self, weight: Weight, value: Value) -> range | tuple[int, ...] | None:
-        """Output indices of a weight that end up in ``value``; None for all of them, or where it can't be followed.
-
-        The ops between are replayed on a tensor that holds each feature's number.
-        """
-        total = weight.parameter.tensor.shape[weight.output_axis]
-        made = weight.node.outputs[0].tensor
-        if weight.node.op in CONVOLUTIONS or made.shape[-1] != total:
-            return None
-        known: dict[int, Tensor | None] = {
-            weight.node.outputs[0].index: torch.arange(total).expand(made.shape).contiguous()
-        }
-        numbers = self._numbers(value, known)
-        if numbers is None:
-            return None
-        rows = torch.unique(numbers).tolist()
-        if len(rows) == total:
-            return None
-        return range(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else tuple(rows)
-
-    def _numbers(self, value: Value, known: dict[int, Tensor | None]) -> Tensor | None:
-        if value.index in known:
-            return known[value.index]
-        known[value.index] = None
-        node = value.producer
-        if node is None:
-            return None
-        if node.op in MOVES and node.func is not None:
-            known[value.index] = self._replay(node, value, known)
-        elif node.op in ELEMENTWISE or node.op in NORMS:
-            for above in node.inputs:
-                numbers = self._numbers(above, known)
-                if numbers is not None and numbers.shape == value.tensor.shape:
-                    known[value.index] = numbers
-                    break
-        return known[value.index]
-
-    def _replay(self, node: Node, value: Value, known: dict[int, Tensor | None]) -> Tensor | None:
-        by_tensor = {id(above.tensor): self._numbers(above, known) for above in node.inputs}
-        if all(numbers is None for numbers in by_tensor.values()):
-            return None
-
-        def put(tree: Any) -> Any:
-            if isinstance(tree, Tensor):
-                numbers = by_tensor.get(id(tree))
-                return tree if numbers is None and not tree.is_floating_point() else numbers
-            if isinstance(tree, list | tuple):
-                return type(tree)(kept for kept in map(put, tree) if kept is not None or tree is None)
-            return tree
-
-        if node.op in ("dropout", "to", "float", "type", "type_as", "detach"):
-            return next((n for n in by_tensor.values() if n is not None), None)
-        try:
-            args = [put(a) if isinstance(a, Tensor | list | tuple) else a for a in node.args]
-            made = tensors_of(node.func(*args, **{name: put(a) for name, a in node.kwargs.items()}))
-        except (RuntimeError, TypeError, IndexError, ValueError):
-            return None
-        place = [output.index for output in node.outputs].index(value.index)
-        return made[place] if place < len(made) else None
-
     # taps ------------------------------------------------------------------------------------------------------------
 
     def taps(self, value: Value) -> Iterator[tuple[Call, Tap]]:
@@ -254,6 +195,51 @@ class Graph:
                 for _, tap in self.taps(reader.outputs[0]):
                     return tap
         return found[0][1] if found else None
+
+
+class Axes(NamedTuple):
+    """Axes of a contraction: the source's and the parameter's that are summed over, and the parameter's outputs."""
+
+    source: int
+    input: int | None
+    output: int
+
+
+def _axes(node: Node, weight: Tensor, source: Tensor, weight_first: bool) -> Axes:
+    if node.op in CONVOLUTIONS:
+        return _convolution_axes(node, weight, source)
+    if node.op == "einsum":
+        return _einsum_axes(node, weight, source)
+    if node.op in ("linear", "bilinear"):
+        return Axes(-1, 1, 0)
+    return Axes(-2, -1, -2) if weight_first else Axes(-1, -2, -1)
+
+
+def _convolution_axes(node: Node, weight: Tensor, source: Tensor) -> Axes:
+    channels = 1 - weight.dim()
+    generic = node.op == "conv"
+    transposed = node.op.startswith("conv_transpose") or (generic and bool(node.args[6]))
+    place = 8 if generic else 6
+    groups = node.kwargs.get("groups", node.args[place] if len(node.args) > place else 1)
+    if transposed:
+        return Axes(channels, 0, 1)
+    if groups == 1:
+        return Axes(channels, 1, 0)
+    depthwise = groups == source.shape[channels] == weight.shape[0]
+    return Axes(channels, 0 if depthwise else None, 0)
+
+
+def _einsum_axes(node: Node, weight: Tensor, source: Tensor) -> Axes:
+    """From the letters; with several letters summed over, no single axis of the weight meets the channels."""
+    terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    operands = dict(zip(map(id, tensors_of(node.args[1:])), terms.split(","), strict=False))
+    letters, other = operands.get(id(weight), ""), operands.get(id(source), "")
+    summed = [letter for letter in letters if letter in other and letter not in result]
+    kept = [letter for letter in letters if letter in result and letter not in other]
+    output = letters.index(kept[-1]) if kept else 0
+    if len(summed) != 1 or "." in letters:
+        return Axes(-1, None, output)
+    return Axes(other.index(summed[0]) - len(other), letters.index(summed[0]), output)
 
 
 def bit(value: Value) -> int:

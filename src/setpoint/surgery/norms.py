@@ -15,6 +15,7 @@ from torch import Tensor
 
 from setpoint.running import tensors_of
 from setpoint.surgery.graph import Graph, bit
+from setpoint.surgery.indices import read_channels
 from setpoint.surgery.ops import ACTIVATIONS, ELEMENTWISE, MOVES, NORMS, REDUCTIONS
 from setpoint.surgery.tape import Call, Node, Value
 from setpoint.types import NormKind, NormSite, Use
@@ -215,7 +216,9 @@ def find_uses(graph: Graph, read: NormRead, norms: list[NormRead]) -> list[Use]:
             weight = next((graph.weights[o.index] for o in node.outputs if o.index in graph.weights), None)
             if weight is not None:
                 module, ordinal = node.call.name, node.call.ordinal
-                uses.append(Use(module, weight.parameter.name, weight.input_axis, None, ordinal, via))
+                reading = read_channels(graph, read.output, channel_axes(read), weight)
+                passed = (*via, "merge") if reading.merged else via
+                uses.append(Use(module, weight.parameter.name, reading.input_axis, reading.channels, ordinal, passed))
             elif node.op in MOVES or node.op in ACTIVATIONS:
                 label = MOVES.get(node.op, node.op)
                 for output in node.outputs:
@@ -225,6 +228,11 @@ def find_uses(graph: Graph, read: NormRead, norms: list[NormRead]) -> list[Use]:
             elif node.op != "alias_write":
                 uses.append(Use(node.call.name, call_index=node.call.ordinal, via=via, op=node.op))
     return list(dict.fromkeys(uses))
+
+
+def channel_axes(read: NormRead) -> tuple[int, ...]:
+    """The axes that a norm's gain and shift run along, negative."""
+    return read.axes if read.kind in ("layer", "rms") else (1 - read.input.tensor.dim(),)
 
 
 def site(read: NormRead, uses: list[Use], calls: int) -> NormSite:
