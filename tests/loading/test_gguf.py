@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import setpoint
-from setpoint.data.text import default_text
+from setpoint.data.windows import default_text
 from setpoint.errors import InputError
 from setpoint.loading.gguf_file import GGUFFile
 from setpoint.loading.shelf import find

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from setpoint.data.images import ImageTransform, picture_paths, read_images
+from setpoint.data.pictures import ImageTransform, picture_paths, read_images
 from setpoint.errors import InputError
 from setpoint.loading import batches_for, loss_for
 from setpoint.loading.mobilenet import MobileNetV2, load_mobilenet

@@ -9,8 +9,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from setpoint.data.images import folder_paths, picture_paths, read_images
-from setpoint.data.text import default_text, read_text, token_windows
+from setpoint.data.pictures import folder_paths, picture_paths, read_images
+from setpoint.data.windows import default_text, read_text, token_windows
 from setpoint.errors import InputError
 from setpoint.types import Loaded
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from setpoint.data.images import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
+from setpoint.data.pictures import IMAGENET_MEAN, IMAGENET_STD, ImageTransform
 from setpoint.errors import InputError
 from setpoint.extras import require
 from setpoint.loading.pickles import read_pickle

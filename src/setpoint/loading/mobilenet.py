@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from setpoint.data.images import ImageTransform
+from setpoint.data.pictures import ImageTransform
 from setpoint.errors import InputError
 from setpoint.loading.pickles import read_pickle
 from setpoint.loading.wording import one_line

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from setpoint.data.images import ImageTransform
+from setpoint.data.pictures import ImageTransform
 from setpoint.errors import InputError
 from setpoint.extras import require
 from setpoint.loading.quiet import quiet

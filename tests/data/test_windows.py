@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from setpoint.data.text import Text, default_text, read_text, token_windows
+from setpoint.data.windows import Text, default_text, read_text, token_windows
 from setpoint.errors import InputError
 
 

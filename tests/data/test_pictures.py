@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from setpoint.data.images import ImageTransform, folder_paths, picture_paths, read_images
+from setpoint.data.pictures import ImageTransform, folder_paths, picture_paths, read_images
 from setpoint.errors import InputError
 
 Image = pytest.importorskip("PIL.Image")
