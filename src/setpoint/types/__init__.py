@@ -28,7 +28,7 @@ from setpoint.types.anatomy import (
 )
 from setpoint.types.catalogue import Item, Kind, Method, Preserves
 from setpoint.types.findings import SEVERITIES, Chart, Finding, Remedy, Series, Severity
-from setpoint.types.fixing import Change, Edit, FixContext, Refusal
+from setpoint.types.fixing import STAGES, Build, Change, Edit, FixContext, Ref, Refusal, Stage
 from setpoint.types.loading import Loaded, Task
 from setpoint.types.proving import Claim
 from setpoint.types.recording import (
@@ -45,12 +45,14 @@ from setpoint.types.recording import (
 __all__ = [
     "PASS_THROUGH",
     "SEVERITIES",
+    "STAGES",
     "TABLE_COLUMNS",
     "AttentionRecord",
     "AttentionSite",
     "Block",
     "Branch",
     "BranchRole",
+    "Build",
     "Chain",
     "Change",
     "Chart",
@@ -71,12 +73,14 @@ __all__ = [
     "Preserves",
     "Projection",
     "Record",
+    "Ref",
     "Refusal",
     "Remedy",
     "Series",
     "Severity",
     "Site",
     "SiteRole",
+    "Stage",
     "Stat",
     "Tap",
     "Task",
