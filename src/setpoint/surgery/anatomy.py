@@ -20,6 +20,7 @@ from setpoint.surgery.branches import Addition, find_additions, find_chains, rea
 from setpoint.surgery.graph import Graph, bit
 from setpoint.surgery.norms import find_norms, find_uses, reaches, site
 from setpoint.surgery.ops import is_known
+from setpoint.surgery.streams import find_writers
 from setpoint.surgery.tape import Call, Value, record
 from setpoint.types import AttentionSite, Block, Branch, Chain, NormSite, Projection, Site, Tap, Unread, Writer
 
@@ -37,12 +38,14 @@ class Anatomy:
         chains: Convolution -> norm -> activation.
         attention: Attention cores in order of execution; `AttentionSite.call_index` counts them: every
             ``scaled_dot_product_attention``, and every softmax whose result weighs values.
-        writers: Weights whose output is added to the residual stream, embeddings included.
+        writers: Weights and bare parameters that are added to the residual stream, what it starts from included.
         embeddings: Tables that are looked up.
         head: The last weight after the last block, None if there is none.
         tied: Groups of parameter names that share one tensor.
         unread: What could not be read, and why.
         taps: Where the stream enters the first block and where the logits leave.
+        unwritten: What enters the residual stream without coming from a parameter (the model's own input, positions
+            computed in the forward), by the module that adds it.
 
     Example:
         >>> import torch
@@ -64,6 +67,7 @@ class Anatomy:
     tied: tuple[tuple[str, ...], ...]
     unread: tuple[Unread, ...]
     taps: Mapping[str, Tap | None] = field(default_factory=dict)
+    unwritten: tuple[Unread, ...] = ()
 
     @property
     def feeds(self) -> Mapping[str, frozenset[str]]:
@@ -132,7 +136,7 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
     additions = find_additions(graph)
     final = next((v for v in graph.tape.outputs if v.floating), None)
     for addition, following in zip_longest(additions, additions[1:]):
-        ends = following is None or not graph.ancestors[following.source.index] & bit(addition.output)
+        ends = following is None or not graph.descends(following.source, addition.output)
         addition.branches = read_branches(graph, addition, None if ends else following.stream, reads)
         if ends:  # of the model, or of an encoder before its decoder
             addition.branches = _without_final_norm(addition.branches, additions[: additions.index(addition)])
@@ -149,14 +153,9 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
     embeddings = _embeddings(graph)
     head, logits = _head(graph, additions, final)
     attention = tuple(b.attention for block in blocks for b in block.branches if b.attention is not None)
-    writers = [
-        Writer(table, None, "embedding")
-        for table in embeddings
-        if not additions or any(_looked_up(graph, table, addition.source) for addition in additions)
-    ]
-    writers += [
-        Writer(b.writer, block.index, b.role) for block in blocks for b in block.branches if b.writer is not None
-    ]
+    writers, unwritten = find_writers(graph, additions, reads)
+    if not additions:
+        writers = tuple(Writer(table, None, "embedding") for table in embeddings)
     taps = {
         "stream": blocks[0].input if blocks else None,
         "logits": graph.tap(logits) if logits is not None else None,
@@ -171,12 +170,13 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         norms,
         chains,
         attention,
-        tuple(writers),
+        writers,
         embeddings,
         head,
         tied,
         _unread(model, graph, shared_modules),
         taps,
+        unwritten,
     )
 
 
@@ -206,6 +206,8 @@ def _blocks(graph: Graph, additions: list[Addition]) -> tuple[Block, ...]:
         owner = _shared(group)
         name = owner.name if owner is not None else group[0].node.call.name
         last = group[-1]
+        for addition in group:
+            addition.block = index
         branches = tuple(branch for addition in group for branch in addition.branches)
         result = _result(graph, owner, last)
         start = graph.tap(group[0].source)
@@ -245,22 +247,13 @@ def _chains(graph: Graph, reads: list[Any]) -> tuple[Chain, ...]:
 
 
 def _embeddings(graph: Graph) -> tuple[Projection, ...]:
-    found: dict[str, Projection] = {}
-    for node in graph.tape.nodes:
-        if node.op.startswith("embedding"):
-            for value in map(graph.root, node.inputs):
-                if value.kind == "parameter":
-                    found.setdefault(node.call.name, Projection(node.call.name, value.name, "", 1))
+    found: dict[tuple[str, str], Projection] = {}
+    for output, place in graph.lookups.items():
+        node = graph.tape.values[output].producer
+        table = graph.root(node.inputs[place]) if node is not None else None
+        if node is not None and table is not None and table.kind == "parameter":
+            found.setdefault((node.call.name, table.name), Projection(node.call.name, table.name, "", 1))
     return tuple(found.values())
-
-
-def _looked_up(graph: Graph, table: Projection, stream: Value) -> bool:
-    """Whether rows of a table get to the stream with no weight between; a table of position biases does not."""
-    return any(
-        node.op.startswith("embedding") and node.call.name == table.module and reaches(graph, node.outputs[0], stream)
-        for node in graph.tape.nodes
-        if node.outputs
-    )
 
 
 def _head(graph: Graph, additions: list[Addition], final: Value | None) -> tuple[Projection | None, Value | None]:

@@ -32,7 +32,9 @@ class Addition:
     branch: Value
     source: Value
     output: Value
+    parts: list[Value] = field(default_factory=list)
     branches: list[Branch] = field(default_factory=list)
+    block: int = 0
 
 
 def find_additions(graph: Graph) -> list[Addition]:
@@ -40,7 +42,10 @@ def find_additions(graph: Graph) -> list[Addition]:
     found = [a for node in graph.tape.nodes if node.op == "add" for a in _addition(graph, node)]
     branches = {a.branch.index for a in found}  # parallel branches are summed before they are added
     scores = [node.inputs[0] for node in graph.cores if node.op == "softmax"]
-    return [a for a in found if a.output.index not in branches and not any(reaches(graph, a.output, s) for s in scores)]
+    kept = [a for a in found if a.output.index not in branches and not any(reaches(graph, a.output, s) for s in scores)]
+    for addition in kept:
+        addition.parts = parallel_parts(graph, addition)
+    return kept
 
 
 def _operands(graph: Graph, node: Node) -> tuple[Value, Value] | None:
@@ -80,7 +85,7 @@ def _addition(graph: Graph, node: Node) -> list[Addition]:
 
 
 def read_branches(graph: Graph, addition: Addition, later: Value | None, norms: list[NormRead]) -> list[Branch]:
-    """What one addition adds; two branches when parallel ones were summed first.
+    """What one addition adds, one branch per entry of its ``parts``.
 
     Args:
         graph: The graph.
@@ -88,14 +93,6 @@ def read_branches(graph: Graph, addition: Addition, later: Value | None, norms: 
         later: Stream operand of the next addition, to see which norms stand on the stream; None behind the last.
         norms: Every norm.
     """
-    parts = [addition.branch]
-    maker = addition.branch.producer
-    if maker is not None and maker.op == "add":
-        operands = _operands(graph, maker)
-        if operands is not None and all(graph.heavy.get(v.index, 0) & bit(addition.source) for v in operands):
-            writers = [graph.last_weight(v, bit(addition.source)) for v in operands]
-            if None not in writers and writers[0] is not writers[1]:
-                parts = list(operands)
     after = tuple(
         norm.name
         for norm in norms
@@ -104,7 +101,25 @@ def read_branches(graph: Graph, addition: Addition, later: Value | None, norms: 
         and reaches(graph, addition.output, norm.input)
         and (later is None or reaches(graph, norm.output, later))
     )
-    return [_branch(graph, addition, part, after, norms) for part in parts]
+    return [_branch(graph, addition, part, after, norms) for part in addition.parts]
+
+
+def parallel_parts(graph: Graph, addition: Addition) -> list[Value]:
+    """What an addition adds: one value, or two where parallel branches were summed first, in order of execution.
+
+    A weight and its low-rank adapter are one branch, summed on the way.
+    """
+    maker = addition.branch.producer
+    if maker is None or maker.op != "add":
+        return [addition.branch]
+    operands = _operands(graph, maker)
+    if operands is None or not all(graph.heavy.get(v.index, 0) & bit(addition.source) for v in operands):
+        return [addition.branch]
+    writers = [graph.last_weight(v, bit(addition.source)) for v in operands]
+    made = [writer.node.outputs[0].index for writer in writers if writer is not None]
+    if len(set(made)) < 2 or graph.adapters.intersection(made):
+        return [addition.branch]
+    return sorted(operands, key=lambda value: value.index)
 
 
 def _branch(graph: Graph, addition: Addition, end: Value, after: tuple[str, ...], norms: list[NormRead]) -> Branch:
@@ -132,6 +147,7 @@ def _branch(graph: Graph, addition: Addition, end: Value, after: tuple[str, ...]
         role = "feed_forward"
     elif any(weight.node.op in CONVOLUTIONS for weight in weights):
         role = "convolution"
+    inner = tuple(n.name for n in own if n.name not in (*inputs, *outputs))
     inside_name = writer.node.call.name if writer else None
     return Branch(
         role,
@@ -143,6 +159,7 @@ def _branch(graph: Graph, addition: Addition, end: Value, after: tuple[str, ...]
         writer.projection() if writer else None,
         attention,
         feed_forward,
+        inner,
     )
 
 

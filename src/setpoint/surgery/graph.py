@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from setpoint.running import tensors_of
@@ -57,6 +58,9 @@ class Graph:
         self.heavy: dict[int, int] = {}
         self.signal = 0  # values that depend on what the model is fed, unlike rotary tables and masks
         self.cores: list[Node] = []
+        self.lookups: dict[int, int] = {}  # output value of a lookup -> which of its node's inputs is the table
+        self.adapters: set[int] = set()  # output values of low-rank adapters: B of W·x + B·(A·x)
+        self._compressions: set[int] = set()  # their A
         for node in tape.nodes:
             for value in dict.fromkeys(node.inputs):
                 self.readers[value.index].append(node)
@@ -75,7 +79,10 @@ class Graph:
         core = self.is_core(node)
         if core:
             self.cores.append(node)
-        opaque = weight is not None or core or node.op in CONTRACTIONS or node.op.startswith("embedding")
+        table = self._table(node)
+        if table is not None and node.outputs:
+            self.lookups[node.outputs[0].index] = table
+        opaque = weight is not None or core or node.op in CONTRACTIONS or table is not None
         ancestors = light = heavy = 0
         for value in node.inputs:
             if value.kind in ("parameter", "buffer"):
@@ -88,23 +95,45 @@ class Graph:
                 light |= self.light.get(value.index, 0) | own
         fed = any(v.floating and (v.kind == "input" or self.signal & bit(v)) for v in node.inputs)
         for value in node.outputs:
-            if value.floating and (fed or weight is not None or node.op.startswith("embedding")):
+            if value.floating and (fed or weight is not None or table is not None):
                 self.signal |= bit(value)
             self.ancestors[value.index] = ancestors
             self.light[value.index] = light
             self.heavy[value.index] = heavy
             if weight is not None:
                 self.weights[value.index] = weight
+        if node.op == "add":
+            self._note_adapter(node)
+
+    def _table(self, node: Node) -> int | None:
+        """Which input of a lookup is the table: ``F.embedding``, or a parameter indexed by integers that are fed."""
+        if node.op.startswith("embedding"):
+            return next((i for i, v in enumerate(node.inputs) if self.root(v).kind == "parameter"), 0)
+        if node.op not in ("getitem", "index", "index_select") or not node.inputs:
+            return None
+        table, *indices = node.inputs
+        root = self.root(table)
+        if root.kind != "parameter" or table.tensor.dim() != 2 or not table.floating:
+            return None
+        # an index that comes from a weight is a router's choice of an expert
+        fed = [v for v in indices if not v.floating and v.tensor.dim() and not self.heavy.get(v.index, 0)]
+        return 0 if any(v.tensor.dtype != torch.bool for v in fed) else None
 
     # weights ---------------------------------------------------------------------------------------------------------
 
     def root(self, value: Value) -> Value:
         """The parameter behind a view or cast of it, or the value itself."""
         while value.kind == "op" and value.producer is not None and value.producer.op in MOVES:
-            if not value.producer.inputs:
+            if not value.producer.inputs or value.index in self.lookups or self._joins(value.producer):
                 break
             value = value.producer.inputs[0]
         return value
+
+    def _joins(self, node: Node) -> bool:
+        """Whether a node puts something else beside a parameter, as a class token is put before patches."""
+        return MOVES[node.op] == "concat" and any(
+            self.root(value).kind != "parameter" for value in node.inputs if value.floating
+        )
 
     def _weight(self, node: Node) -> Weight | None:
         if node.op not in CONTRACTIONS:
@@ -136,6 +165,36 @@ class Graph:
             value = above
         return axis
 
+    # low-rank adapters ----------------------------------------------------------------------------------------------
+
+    def _note_adapter(self, node: Node) -> None:
+        """Note B of a sum W·x + B·(A·x): both ways start from one x, with nothing but a scale on the way."""
+        operands = [v for v in node.inputs if v.floating]
+        if len(operands) != 2:
+            return
+        for main, side in (operands, operands[::-1]):
+            weight, expansion = self.last_weight(main), self.last_weight(side)
+            if weight is None or expansion is None or weight is expansion or expansion.source is None:
+                continue
+            compressed = self._plain(expansion.source)
+            compression = self.weights.get(compressed.index)
+            if compression is None or compression.source is None or weight.source is None:
+                continue
+            if self._plain(compression.source) is self._plain(weight.source):
+                self.adapters.add(expansion.node.outputs[0].index)
+                self._compressions.add(compressed.index)
+                return
+
+    def _plain(self, value: Value) -> Value:
+        """What a value is without casts, dropout, reshapes and scalar factors."""
+        while value.producer is not None and value.index not in self.weights:
+            node = value.producer
+            above = [v for v in node.inputs if v.floating and v.tensor.numel() > 1]
+            if len(above) != 1 or not (node.op in MOVES or node.op in ("mul", "div")):
+                break
+            value = above[0]
+        return value
+
     def is_core(self, node: Node) -> bool:
         """Whether a node is where an attention attends: fused, or a softmax whose rows then weigh the values."""
         if node.op == "scaled_dot_product_attention":
@@ -152,13 +211,23 @@ class Graph:
                     weighed.extend(reader.outputs)
         return False
 
+    def descends(self, value: Value, origin: Value) -> bool:
+        """Whether a value is another, or comes from it in any way."""
+        return value is origin or bool(self.ancestors.get(value.index, 0) & bit(origin))
+
     def last_weight(self, value: Value, below: int = 0) -> Weight | None:
-        """The latest weight that a value comes from with no other weight or core between; descends from ``below``."""
+        """The latest weight that a value comes from with no other weight or core between; descends from ``below``.
+
+        Of a weight and its low-rank adapter, the weight.
+        """
         reach = self.light.get(value.index, 0) | 1 << value.index
+        adapter = None
         for index in reversed(self.weights):  # entered in order of execution
             if index <= value.index and reach >> index & 1 and (not below or self.ancestors[index] & below):
-                return self.weights[index]
-        return None
+                if index not in self.adapters:
+                    return self.weights[index]
+                adapter = adapter or self.weights[index]
+        return adapter
 
     def next_weight(self, value: Value) -> Weight | None:
         """The first weight that reads a value, with no weight or core between."""
@@ -168,8 +237,9 @@ class Graph:
             for node in self.readers[current.index]:
                 for output in node.outputs:
                     if output.index in self.weights:
-                        return self.weights[output.index]
-                    if output.index not in seen and node not in self.cores:
+                        if output.index not in self._compressions:
+                            return self.weights[output.index]
+                    elif output.index not in seen and node not in self.cores:
                         seen.add(output.index)
                         ahead.append(output)
         return None
