@@ -1,0 +1,1 @@
+"""Norms and what stands in for them, one file a method; import them from `setpoint.nn`."""
