@@ -1,0 +1,113 @@
+"""Parts of a backbone as plain data, and back: how a saved model says what it is built of, without code.
+
+A class or a `functools.partial` of one becomes ``{"name": "RMSNorm", "eps": 1e-05}``, a placement or position object
+the same. Names are looked up in the rooms below and nowhere else, so that a file can name nothing but a part of
+setpoint or of `torch.nn`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from functools import partial
+from importlib import import_module
+from typing import Any, TypeVar
+
+from torch import nn
+
+from setpoint.errors import InputError
+
+T = TypeVar("T")
+
+_ROOMS = (
+    "setpoint.nn",
+    "setpoint.nn.block",
+    "setpoint.models.stack",
+    "setpoint.models.position",
+    "setpoint.models.initialize",
+)
+
+
+def to_plain(part: Any) -> Any:
+    """A part of a backbone as data that JSON can hold.
+
+    Args:
+        part: A module class, a partial of one, a frozen object (placement, position, initializer), or a plain value.
+
+    Raises:
+        InputError: A class that is neither of setpoint nor of `torch.nn`.
+
+    Example:
+        >>> to_plain(partial(nn.LayerNorm, eps=1e-6))
+        {'name': 'torch.nn.LayerNorm', 'eps': 1e-06}
+    """
+    if part is None or isinstance(part, bool | int | float | str):
+        return part
+    if isinstance(part, tuple | list):
+        return [to_plain(item) for item in part]
+    if isinstance(part, partial) and not part.args:
+        return {"name": _name_of(part.func), **{key: to_plain(value) for key, value in part.keywords.items()}}
+    if is_dataclass(part) and not isinstance(part, type):
+        own = {field.name: to_plain(getattr(part, field.name)) for field in fields(part)}
+        return {"name": _name_of(type(part)), **own}
+    return {"name": _name_of(part)}
+
+
+def from_plain(data: Any) -> Any:
+    """The part that `to_plain` wrote down.
+
+    Args:
+        data: What `to_plain` returned, perhaps by way of JSON.
+
+    Raises:
+        InputError: A name that is no part, or options that it does not take.
+
+    Example:
+        >>> from_plain({"name": "torch.nn.LayerNorm", "eps": 1e-6})(8).eps
+        1e-06
+    """
+    if isinstance(data, list):
+        return tuple(from_plain(item) for item in data)
+    if not isinstance(data, Mapping):
+        return data
+    options = {key: from_plain(value) for key, value in data.items() if key != "name"}
+    name = data.get("name")
+    kind = _find(name) if isinstance(name, str) else None
+    if kind is None:
+        raise InputError(f"expected the name of a part of setpoint.nn, setpoint.models or torch.nn, got {name!r}")
+    if issubclass(kind, nn.Module):
+        return partial(kind, **options) if options else kind
+    return build(kind, options)
+
+
+def build(kind: type[T], options: Mapping[str, Any]) -> T:
+    """An object from named fields.
+
+    Raises:
+        InputError: It has no such field, or lacks one; the message lists what it takes.
+    """
+    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    wrong = sorted(set(options) - set(known))
+    if wrong:
+        raise InputError(f"{kind.__name__} takes {', '.join(known) or 'nothing'}; got {', '.join(wrong)}")
+    return kind(**options)
+
+
+def _name_of(kind: Any) -> str:
+    name = getattr(kind, "__name__", "")
+    for candidate in (name, f"torch.nn.{name}"):
+        if isinstance(kind, type) and _find(candidate) is kind:
+            return candidate
+    raise InputError(
+        f"expected a class of setpoint.nn, setpoint.models or torch.nn, or a functools.partial of one with keywords "
+        f"only, got {kind!r}; a model that is to be rebuilt from its file can be made of those alone"
+    )
+
+
+def _find(name: str) -> type[Any] | None:
+    rooms = ("torch.nn",) if name.startswith("torch.nn.") else _ROOMS
+    for room in rooms:
+        found = getattr(import_module(room), name.rpartition(".")[2], None)
+        if isinstance(found, type) and (issubclass(found, nn.Module) or is_dataclass(found)):
+            return found
+    return None
