@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from setpoint.errors import InputError
-from setpoint.nn.block.placement import NormFactory, Placement
+from setpoint.nn.block.base import NormFactory, Placement
 from setpoint.nn.block.pre_ln import PreLN
 
 _PREFIX = "norm."

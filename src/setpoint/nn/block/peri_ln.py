@@ -24,7 +24,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from setpoint.errors import InputError
-from setpoint.nn.block.placement import NormFactory, Placement, check_width, run_branch, shape_of
+from setpoint.nn.block.base import NormFactory, Placement, run_branch
+from setpoint.nn.norm.checks import NormalizedShape, expect_trailing, shape_of
 from setpoint.nn.norm.rmsnorm import RMSNorm
 
 
@@ -53,7 +54,7 @@ class PeriLN(nn.Module):
     def __init__(
         self,
         sublayer: nn.Module,
-        normalized_shape: int | tuple[int, ...],
+        normalized_shape: NormalizedShape,
         *,
         norm_layer: NormFactory = RMSNorm,
         dropout: float = 0.0,
@@ -61,7 +62,7 @@ class PeriLN(nn.Module):
         **norm_options: Any,
     ) -> None:
         super().__init__()
-        self.normalized_shape = shape_of(normalized_shape)
+        self.normalized_shape = shape_of(normalized_shape, type(self).__name__)
         self.norm = norm_layer(normalized_shape, **norm_options)
         self.sublayer = sublayer
         self.out_norm = _with_gain(norm_layer(normalized_shape, **norm_options), out_gain_init)
@@ -80,7 +81,7 @@ class PeriLN(nn.Module):
         Raises:
             InputError: The stream's width is not ``normalized_shape``, or the sub-layer changes the shape.
         """
-        check_width(x, self.normalized_shape)
+        expect_trailing(x, self.normalized_shape, type(self).__name__)
         branch, rest = run_branch(self.sublayer, self.norm(x), x, args, kwargs)
         y = x + self.dropout(self.out_norm(branch))
         return (y, *rest) if rest else y
@@ -97,7 +98,7 @@ class OutputLN(PeriLN):
         ['out_norm.weight', 'sublayer.bias', 'sublayer.weight']
     """
 
-    def __init__(self, sublayer: nn.Module, normalized_shape: int | tuple[int, ...], **options: Any) -> None:
+    def __init__(self, sublayer: nn.Module, normalized_shape: NormalizedShape, **options: Any) -> None:
         super().__init__(sublayer, normalized_shape, **options)
         self.norm = nn.Identity()
 

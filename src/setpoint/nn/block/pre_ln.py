@@ -18,7 +18,9 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from setpoint.nn.block.placement import NormFactory, Placement, check_width, run_branch, shape_of
+from setpoint.nn.block.base import NormFactory, Placement, run_branch
+from setpoint.nn.norm.checks import NormalizedShape, expect_trailing, shape_of
+from setpoint.nn.norm.layernorm import LayerNorm
 
 
 class PreLN(nn.Module):
@@ -42,14 +44,14 @@ class PreLN(nn.Module):
     def __init__(
         self,
         sublayer: nn.Module,
-        normalized_shape: int | tuple[int, ...],
+        normalized_shape: NormalizedShape,
         *,
-        norm_layer: NormFactory = nn.LayerNorm,
+        norm_layer: NormFactory = LayerNorm,
         dropout: float = 0.0,
         **norm_options: Any,
     ) -> None:
         super().__init__()
-        self.normalized_shape = shape_of(normalized_shape)
+        self.normalized_shape = shape_of(normalized_shape, type(self).__name__)
         self.norm = norm_layer(normalized_shape, **norm_options)
         self.sublayer = sublayer
         self.dropout = nn.Dropout(dropout)
@@ -67,7 +69,7 @@ class PreLN(nn.Module):
         Raises:
             InputError: The stream's width is not ``normalized_shape``, or the sub-layer changes the shape.
         """
-        check_width(x, self.normalized_shape)
+        expect_trailing(x, self.normalized_shape, type(self).__name__)
         branch, rest = run_branch(self.sublayer, self.norm(x), x, args, kwargs)
         y = x + self.dropout(branch)
         return (y, *rest) if rest else y
@@ -93,21 +95,21 @@ class PostLN(nn.Module):
     def __init__(
         self,
         sublayer: nn.Module,
-        normalized_shape: int | tuple[int, ...],
+        normalized_shape: NormalizedShape,
         *,
-        norm_layer: NormFactory = nn.LayerNorm,
+        norm_layer: NormFactory = LayerNorm,
         dropout: float = 0.0,
         **norm_options: Any,
     ) -> None:
         super().__init__()
-        self.normalized_shape = shape_of(normalized_shape)
+        self.normalized_shape = shape_of(normalized_shape, type(self).__name__)
         self.sublayer = sublayer
         self.dropout = nn.Dropout(dropout)
         self.norm = norm_layer(normalized_shape, **norm_options)
 
     def forward(self, x: Float[Tensor, "*batch dim"], *args: Any, **kwargs: Any) -> Any:
         """The stream after the unit; arguments, result and errors as for `PreLN`."""
-        check_width(x, self.normalized_shape)
+        expect_trailing(x, self.normalized_shape, type(self).__name__)
         branch, rest = run_branch(self.sublayer, x, x, args, kwargs)
         y = self.norm(x + self.dropout(branch))
         return (y, *rest) if rest else y

@@ -114,21 +114,3 @@ def run_branch(
             f"got {tuple(branch.shape)}; end the sub-layer with a projection to {stream.shape[-1]} channels"
         )
     return branch, rest
-
-
-def check_width(x: Tensor, normalized_shape: tuple[int, ...]) -> None:
-    """Refuse a stream whose last axes are not the norm's.
-
-    Raises:
-        InputError: They differ; the message names both.
-    """
-    if tuple(x.shape[-len(normalized_shape) :]) != normalized_shape:
-        raise InputError(
-            f"expected a stream that ends in {normalized_shape}, got {tuple(x.shape)}; "
-            f"build the unit with normalized_shape={x.shape[-1]} or project the stream first"
-        )
-
-
-def shape_of(normalized_shape: int | tuple[int, ...]) -> tuple[int, ...]:
-    """The normalized axes as a tuple, from an int or a sequence."""
-    return (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
