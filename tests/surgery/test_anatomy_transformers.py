@@ -152,7 +152,7 @@ def test_gpt2_norms_feed_fused_qkv(implementation: str) -> None:
         ff = feed_forward(block)
         assert ff.gate is None
         assert modules(ff.up, ff.down) == under(block.name, "mlp.c_fc", "mlp.c_proj")
-        assert ff.activation == "gelu"
+        assert ff.activation == "gelu_tanh"
         assert anatomy.feeds[f"{block.name}.ln_1"] == {f"{block.name}.attn.c_attn"}
         assert anatomy.feeds[f"{block.name}.ln_2"] == {f"{block.name}.mlp.c_fc"}
         assert {use.input_axis for use in anatomy.norms[f"{block.name}.ln_1"].uses if use.is_weight} == {0}
@@ -191,7 +191,7 @@ def test_gemma_gain_is_one_plus_the_weight() -> None:
         assert first.output_norms == (f"{block.name}.post_attention_layernorm",)
         assert second.input_norms == (f"{block.name}.pre_feedforward_layernorm",)
         assert second.output_norms == (f"{block.name}.post_feedforward_layernorm",)
-        assert feed_forward(block).activation == "gelu"
+        assert feed_forward(block).activation == "gelu_tanh"
         assert adds(anatomy, f"{block.name}.post_attention_layernorm") == {block.name}
     assert anatomy.tied == (("model.embed_tokens.weight", "lm_head.weight"),)
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from setpoint.errors import InputError
 from setpoint.running import Forward, untouched, unwrap
-from setpoint.surgery.branches import Addition, find_additions, find_chains, read_branches
+from setpoint.surgery.branches import Addition, find_additions, read_branches
+from setpoint.surgery.chains import find_chains, find_layers
 from setpoint.surgery.graph import Graph, bit
 from setpoint.surgery.norms import find_norms, find_uses, reaches, site
 from setpoint.surgery.ops import is_known
@@ -46,6 +47,7 @@ class Anatomy:
         taps: Where the stream enters the first block and where the logits leave.
         unwritten: What enters the residual stream without coming from a parameter (the model's own input, positions
             computed in the forward), by the module that adds it.
+        layers: Linear -> norm -> activation outside blocks.
 
     Example:
         >>> import torch
@@ -68,6 +70,7 @@ class Anatomy:
     unread: tuple[Unread, ...]
     taps: Mapping[str, Tap | None] = field(default_factory=dict)
     unwritten: tuple[Unread, ...] = ()
+    layers: tuple[Chain, ...] = ()
 
     @property
     def feeds(self) -> Mapping[str, frozenset[str]]:
@@ -149,7 +152,7 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         uses = [use for read in own for use in find_uses(graph, read, reads)]
         norms[name] = site(own[0], uses, calls[name])
     blocks = _blocks(graph, additions)
-    chains = _chains(graph, reads)
+    chains = find_chains(graph, reads)
     embeddings = _embeddings(graph)
     head, logits = _head(graph, additions, final)
     attention = tuple(b.attention for block in blocks for b in block.branches if b.attention is not None)
@@ -177,6 +180,7 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         _unread(model, graph, shared_modules),
         taps,
         unwritten,
+        find_layers(graph, reads, additions),
     )
 
 
@@ -230,20 +234,6 @@ def _result(graph: Graph, owner: Call | None, last: Addition) -> Value:
 
 
 # the rest ------------------------------------------------------------------------------------------------------------
-
-
-def _chains(graph: Graph, reads: list[Any]) -> tuple[Chain, ...]:
-    found = find_chains(graph, reads)
-    chains = []
-    for chain in found:
-        following = [
-            weight.node.call.name
-            for weight in graph.weights.values()
-            if weight.source is not None and reaches(graph, chain.output, weight.source)
-        ]
-        projection = chain.weight.projection()
-        chains.append(Chain(projection, chain.norm, chain.activation, graph.tap(chain.output), tuple(following[:8])))
-    return tuple(chains)
 
 
 def _embeddings(graph: Graph) -> tuple[Projection, ...]:

@@ -7,19 +7,17 @@ between the common ancestor and the branch operand is then read as attention, fe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import Tensor
 
+from setpoint.surgery.activations import activations
 from setpoint.surgery.graph import Graph, Weight, bit, members
 from setpoint.surgery.indices import output_rows
 from setpoint.surgery.norms import NormRead, reaches
-from setpoint.surgery.ops import ACTIVATIONS, CONVOLUTIONS, MOVES
-from setpoint.surgery.tape import Call, Node, Value
+from setpoint.surgery.ops import CONVOLUTIONS
+from setpoint.surgery.tape import Node, Value
 from setpoint.types import AttentionSite, Branch, BranchRole, FeedForwardSite, Projection
 
 
@@ -277,7 +275,7 @@ def _feed_forward(graph: Graph, weights: list[Weight], down: Weight | None, here
     if down is None or len(weights) < 2 or down.source is None:
         return None
     hidden = down.source
-    activation = next((a for a in _activations(graph, here) if reaches(graph, a[1], hidden)), None)
+    activation = next((a for a in activations(graph, here) if reaches(graph, a[1], hidden)), None)
     if activation is None:
         return None
     name, made, before = activation
@@ -313,91 +311,3 @@ def _common(a: str, b: str) -> str:
             break
         parts.append(left)
     return ".".join(parts)
-
-
-def _activations(graph: Graph, here: set[int]) -> list[tuple[str, Value, Value]]:
-    """Activations in a branch, last first: name, result, argument."""
-    found: list[tuple[str, Value, Value]] = []
-    seen: set[int] = set()
-    for node in reversed(graph.tape.nodes):
-        if not node.outputs or node.outputs[0].index not in here or node.op not in ACTIVATIONS:
-            continue
-        call = _composed(node.call)
-        if call is not None:
-            if id(call) not in seen:
-                seen.add(id(call))
-                found.append((_behaves_as(call), call.outputs[0], call.inputs[0]))
-        elif node.inputs:
-            found.append((node.op, node.outputs[0], node.inputs[0]))
-    return found
-
-
-def _composed(call: Call) -> Call | None:
-    """The call, if its module is an activation written out in plain arithmetic."""
-    module = call.module
-    if module is None or call.children or len(call.nodes) < 2 or len(call.outputs) != 1 or len(call.inputs) != 1:
-        return None
-    return call if not any(True for _ in module.parameters()) and call.name else None
-
-
-@cache
-def _known_activations() -> dict[str, Callable[[Tensor], Tensor]]:
-    return {
-        "gelu": functional.gelu,
-        "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-        "silu": functional.silu,
-        "mish": functional.mish,
-        "relu2": lambda x: functional.relu(x).square(),
-        "relu": functional.relu,
-        "tanh": torch.tanh,
-    }
-
-
-def _behaves_as(call: Call) -> str:
-    module: nn.Module | None = call.module
-    assert module is not None
-    x = torch.linspace(-4.0, 4.0, 65)
-    try:
-        y = module.forward(x)
-    except (RuntimeError, TypeError, ValueError):
-        return type(module).__name__
-    for name, function in _known_activations().items():
-        if isinstance(y, Tensor) and torch.allclose(y, function(x), atol=2e-3):
-            return name
-    return type(module).__name__
-
-
-# convolution chains --------------------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True, eq=False)
-class ChainRead:
-    """A convolution and what follows it directly."""
-
-    weight: Weight
-    norm: str
-    activation: str
-    output: Value
-
-
-def find_chains(graph: Graph, norms: list[NormRead]) -> list[ChainRead]:
-    """Convolutions with the norm and the activation behind them, in order of execution."""
-    by_input = {norm.input.index: norm for norm in norms}
-    chains: list[ChainRead] = []
-    for weight in graph.weights.values():
-        if weight.node.op not in CONVOLUTIONS:
-            continue
-        value, norm, activation = weight.node.outputs[0], "", ""
-        while True:
-            following = by_input.get(value.index)
-            readers = graph.readers[value.index]
-            if following is not None and not norm and not activation:
-                value, norm = following.output, following.name
-            elif len(readers) == 1 and readers[0].outputs and readers[0].op in ACTIVATIONS and not activation:
-                value, activation = readers[0].outputs[0], readers[0].op
-            elif len(readers) == 1 and readers[0].outputs and MOVES.get(readers[0].op) in ("dropout", "clone"):
-                value = readers[0].outputs[0]
-            else:
-                break
-        chains.append(ChainRead(weight, norm, activation, value))
-    return chains

@@ -38,15 +38,18 @@ def sites_of(anatomy: Anatomy) -> tuple[Site, ...]:
                 core = next(cores)
                 inside = Tap(core.name, "input", 0, block.call)
                 add(core.name or place, "attention", inside, block.index, core.name)
-            if branch.feed_forward is not None and branch.role == "feed_forward":
-                hidden = branch.feed_forward.hidden
-                add(branch.feed_forward.name or place, "hidden", hidden, block.index, branch.feed_forward.name)
+            ff = branch.feed_forward
+            if ff is not None and ff.down is not None:
+                channel = 1 if ff.down.module in images else -1
+                add(ff.name or place, "hidden", ff.hidden, block.index, ff.name, channel)
             add(writer or place, "branch", branch.writes, block.index, writer, axis)
         add(place, "residual", block.output, block.index, block.name, axis)
     for chain in anatomy.chains:
         module = chain.convolution.module
         owner = next((b.index for b in anatomy.blocks if b.name and module.startswith(f"{b.name}.")), None)
         add(module, "convolution", chain.output, owner, module, 1)
+    for layer in anatomy.layers:
+        add(layer.convolution.module, "hidden", layer.output, None, layer.convolution.module)
     for norm in anatomy.norms.values():
         if "#" not in norm.name:
             channel = 1 if norm.kind in ("batch", "group", "instance") else -1

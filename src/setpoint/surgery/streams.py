@@ -144,7 +144,7 @@ class _Walk:
         scale, label, factors = path.scale, "scale", []
         for above in dict.fromkeys(node.inputs):
             root = self.graph.root(above)
-            if root.kind == "parameter":
+            if root.kind == "parameter" and node.op == "mul" and not scale:
                 scale = root.name
             elif not _is_scalar(above, value):
                 factors.append(above)
