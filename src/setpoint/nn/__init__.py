@@ -4,37 +4,43 @@ Every layer is an ordinary `torch.nn.Module`, and every norm can be made from a 
 a model takes norms as arguments: a class, or ``functools.partial(DyT, alpha_init_value=0.8)``.
 """
 
-# blocks: where norms stand around a sub-layer, as residual units and as placements for a backbone
-from setpoint.nn.block.base import Placement, placement
-from setpoint.nn.block.lns import LayerNormScaling, ScaledPreNorm
-from setpoint.nn.block.peri_ln import OutputLN, OutputNorm, PeriLN, PeriNorm
-from setpoint.nn.block.pre_ln import PostLN, PostNorm, PreLN, PreNorm
-
 # norms: statistics over an example, over a batch, or none at all
+from setpoint.nn.norm.batchnorm import (
+    BatchNorm1d,
+    BatchNorm2d,
+    BatchNorm3d,
+    FrozenBatchNorm,
+    GhostBatchNorm,
+    MaskedBatchNorm1d,
+)
+from setpoint.nn.norm.batchnorm_tools import fold_batchnorm, freeze_batchnorm, recalibrate
 from setpoint.nn.norm.dyt import DyT
 from setpoint.nn.norm.functional import crms_norm, rms_norm
 from setpoint.nn.norm.layernorm import LayerNorm, LayerNorm2d, LayerNormCHW
 from setpoint.nn.norm.rmsnorm import CRMSNorm, RMSNorm
 
+# recurrent cells
+from setpoint.nn.recurrent import LNLSTM, LNGRUCell, LNLSTMCell
+
 __all__ = [
+    "LNLSTM",
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
     "CRMSNorm",
     "DyT",
+    "FrozenBatchNorm",
+    "GhostBatchNorm",
+    "LNGRUCell",
+    "LNLSTMCell",
     "LayerNorm",
     "LayerNorm2d",
     "LayerNormCHW",
-    "LayerNormScaling",
-    "OutputLN",
-    "OutputNorm",
-    "PeriLN",
-    "PeriNorm",
-    "Placement",
-    "PostLN",
-    "PostNorm",
-    "PreLN",
-    "PreNorm",
+    "MaskedBatchNorm1d",
     "RMSNorm",
-    "ScaledPreNorm",
     "crms_norm",
-    "placement",
+    "fold_batchnorm",
+    "freeze_batchnorm",
+    "recalibrate",
     "rms_norm",
 ]

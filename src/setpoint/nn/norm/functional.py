@@ -12,7 +12,6 @@ function here becomes one kernel forward and one backward. Two things need a han
 
 from __future__ import annotations
 
-from math import prod
 from typing import Any
 
 import torch
@@ -57,11 +56,9 @@ def rms_norm(
     """
     shape = shape_of(normalized_shape, "rms_norm")
     expect_trailing(x, shape, "rms_norm")
-    if len(shape) == 1:
-        y: Tensor = _RMSNorm.apply(x, weight, bias, eps)  # type: ignore[no-untyped-call]
-        return y
-    flat = [None if p is None else p.flatten() for p in (weight, bias)]
-    return rms_norm(x.flatten(-len(shape)), prod(shape), *flat, eps).unflatten(-1, shape)
+    gain, shift = (None if p is None else p.flatten() for p in (weight, bias))
+    y: Tensor = _RMSNorm.apply(x.flatten(-len(shape)), gain, shift, eps)  # type: ignore[no-untyped-call]
+    return y.reshape(x.shape)
 
 
 def crms_norm(c: Float[Tensor, "... dim"], eps: float = 1e-5) -> Float[Tensor, "... dim"]:
@@ -192,7 +189,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-        xhat = wide(x) * _reciprocal_rms(x, eps)
+        xhat = wide(x) * _reciprocal_rms(wide(x), eps)
         if weight is None:
             return xhat.to(x.dtype)
         y = xhat * weight if bias is None else torch.addcmul(bias, xhat, weight)
@@ -216,13 +213,17 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
-    return torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # one pass over x where square().mean() takes three
+    return torch.rsqrt(norm.square() / x.shape[-1] + eps)
 
 
 def _backward(gradient: Tensor, x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor | None]:
     """With ``x̂ = r x`` and ``h = g · weight``: ``dx = r (h - x̂ mean(h x̂))`` and ``dweight = Σ g x̂``."""
-    r = _reciprocal_rms(x, eps)
-    g, xhat = wide(gradient), wide(x) * r
+    g, x32 = wide(gradient), wide(x)
+    r = torch.rsqrt(
+        x32.square().mean(-1, keepdim=True) + eps
+    )  # not by a norm, whose second derivative at 0 is undefined
+    xhat = x32 * r
     h = g if weight is None else g * weight
     dx = r * (h - xhat * (h * xhat).mean(-1, keepdim=True))
     return dx.to(x.dtype), None if weight is None else column_sum(g * xhat).to(weight.dtype)
@@ -234,7 +235,7 @@ def _backward_by_layer_norm(gradient: Tensor, x: Tensor, weight: Tensor, eps: fl
     That kernel computes ``r (h - mean(h) - x̂ mean(h x̂))``; ``r mean(h)`` is added back.
     """
     dim = x.shape[-1]
-    r = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_().div_(dim).add_(eps).rsqrt_()
+    r = _reciprocal_rms(x, eps)
     dx, dweight, _ = torch.ops.aten.native_layer_norm_backward(
         gradient, x, [dim], torch.zeros_like(r), r, weight, None, [True, True, False]
     )

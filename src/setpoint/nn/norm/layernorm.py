@@ -142,7 +142,8 @@ class LayerNormCHW(nn.GroupNorm):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(1, *shape_of(num_channels, "LayerNormCHW"), eps, affine, device=device, dtype=dtype)
+        (channels,) = shape_of(num_channels, "LayerNormCHW")
+        super().__init__(1, channels, eps, affine, device=device, dtype=dtype)
 
     def forward(self, x: Float[Tensor, "batch channels ..."]) -> Float[Tensor, "batch channels ..."]:
         """Normalize every example of ``(N, C, *)``; shape and dtype stay."""
