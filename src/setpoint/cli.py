@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from setpoint import __version__
+from setpoint.cli_data import app as data_app
 from setpoint.errors import InputError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ app = typer.Typer(
 )
 models_app = typer.Typer(no_args_is_help=True, help="Models that packages ship: list them, get one.")
 app.add_typer(models_app, name="models")
+app.add_typer(data_app, name="data")
 
 
 class SeverityName(StrEnum):

@@ -73,8 +73,26 @@ def load_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any, tuple[str, ...]
     file = GGUFFile.open(path)
     with quiet():
         model = _llama(file, dtype) if _is_plain_llama(file) else _converted(file, dtype)
-        tokenizer = _byte_level_tokenizer(file) if _is_plain_byte_level(file) else _converted_tokenizer(file)
+        tokenizer = _tokenizer(file)
     return model.eval(), tokenizer, (describe_weights(file, dtype), *_not_applied(file))
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer that a GGUF file describes, without its weights.
+
+    Args:
+        path: The file.
+
+    Raises:
+        InputError: The file is damaged, or its vocabulary cannot be read.
+    """
+    require("transformers", "hf", "to build tokenizers from GGUF files")
+    with quiet():
+        return _tokenizer(GGUFFile.open(path))
+
+
+def _tokenizer(file: GGUFFile) -> Any:
+    return _byte_level_tokenizer(file) if _is_plain_byte_level(file) else _converted_tokenizer(file)
 
 
 def describe_weights(file: GGUFFile, dtype: torch.dtype) -> str:
