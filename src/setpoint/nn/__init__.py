@@ -4,6 +4,12 @@ Every layer is an ordinary `torch.nn.Module`, and every norm can be made from a 
 a model takes norms as arguments: a class, or ``functools.partial(DyT, alpha_init_value=0.8)``.
 """
 
+# blocks: where norms stand around a sub-layer, as residual units and as placements for a backbone
+from setpoint.nn.block.base import Placement, placement
+from setpoint.nn.block.lns import LayerNormScaling, ScaledPreNorm
+from setpoint.nn.block.peri_ln import OutputLN, OutputNorm, PeriLN, PeriNorm
+from setpoint.nn.block.pre_ln import PostLN, PostNorm, PreLN, PreNorm
+
 # norms: statistics over an example, over a batch, or none at all
 from setpoint.nn.norm.batchnorm import (
     BatchNorm1d,
@@ -36,11 +42,23 @@ __all__ = [
     "LayerNorm",
     "LayerNorm2d",
     "LayerNormCHW",
+    "LayerNormScaling",
     "MaskedBatchNorm1d",
+    "OutputLN",
+    "OutputNorm",
+    "PeriLN",
+    "PeriNorm",
+    "Placement",
+    "PostLN",
+    "PostNorm",
+    "PreLN",
+    "PreNorm",
     "RMSNorm",
+    "ScaledPreNorm",
     "crms_norm",
     "fold_batchnorm",
     "freeze_batchnorm",
+    "placement",
     "recalibrate",
     "rms_norm",
 ]
