@@ -13,13 +13,15 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from setpoint.catalog import methods
     from setpoint.checkup import check
+    from setpoint.fixing import fix
     from setpoint.loading import load
     from setpoint.report import Report, diff
 
-__all__ = ["Report", "__version__", "check", "diff", "load", "methods"]
+__all__ = ["Report", "__version__", "check", "diff", "fix", "load", "methods"]
 
 _HOME = {
     "check": "setpoint.checkup",
+    "fix": "setpoint.fixing",
     "load": "setpoint.loading",
     "methods": "setpoint.catalog",
     "Report": "setpoint.report",

@@ -123,6 +123,19 @@ def untouched(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluated(model: nn.Module, *, grad: bool = False) -> Iterator[None]:
+    """Eval mode as a user would run it, fused paths included; afterwards modes, buffers and random states are back.
+
+    Args:
+        model: The module.
+        grad: Record gradients, which some fused paths ask before they run.
+    """
+    with _modes(model), _buffers(model), _random_state(), torch.set_grad_enabled(grad):
+        torch.manual_seed(0)
+        yield
+
+
 def unwrap(model: nn.Module) -> nn.Module:
     """The module inside `torch.compile` and data-parallel wrappers."""
     while True:

@@ -1,0 +1,1 @@
+"""One fix per file; `setpoint.fix` finds them through the catalogue."""
