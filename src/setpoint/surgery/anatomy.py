@@ -177,7 +177,7 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         embeddings,
         head,
         tied,
-        _unread(model, graph, shared_modules),
+        (*_unread(model, graph, shared_modules), *_uncaught(blocks)),
         taps,
         unwritten,
         find_layers(graph, reads, additions),
@@ -253,6 +253,19 @@ def _head(graph: Graph, additions: list[Addition], final: Value | None) -> tuple
     if weight is None or (additions and not graph.ancestors[weight.node.outputs[0].index] & bit(additions[-1].output)):
         return None, None
     return weight.projection(), weight.node.outputs[0]
+
+
+def _uncaught(blocks: tuple[Block, ...]) -> tuple[Unread, ...]:
+    """Branches that are added in the middle of a forward, between functions, where a hook can't reach."""
+    reads = [block for block in blocks if any(branch.reads is None for branch in block.branches)]
+    adds = [block for block in blocks if any(branch.writes is None for branch in block.branches)]
+    found = []
+    for missed, what in ((reads, "what its branches read"), (adds, "what its branches add")):
+        if missed:
+            more = f", nor in {len(missed) - 1} blocks like it" if len(missed) > 1 else ""
+            names = [b.writer.parameter for b in missed[0].branches if b.writer is not None]
+            found.append(Unread(missed[0].name, f"{what} ({', '.join(names)}) can't be caught by a hook{more}"))
+    return tuple(found)
 
 
 def _unread(model: nn.Module, graph: Graph, names: set[str]) -> tuple[Unread, ...]:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from setpoint.surgery.activations import activations
+from setpoint.surgery.behaviour import NormRead
 from setpoint.surgery.graph import Graph, Weight, bit, members
 from setpoint.surgery.indices import output_rows
-from setpoint.surgery.norms import NormRead, reaches
+from setpoint.surgery.norms import reaches
 from setpoint.surgery.ops import CONVOLUTIONS
 from setpoint.surgery.tape import Node, Value
 from setpoint.types import AttentionSite, Branch, BranchRole, FeedForwardSite, Projection

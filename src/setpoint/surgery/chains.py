@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from setpoint.surgery.activations import activation_behind
+from setpoint.surgery.behaviour import NormRead
 from setpoint.surgery.branches import Addition
 from setpoint.surgery.graph import Graph, Weight
-from setpoint.surgery.norms import NormRead, reaches
+from setpoint.surgery.norms import reaches
 from setpoint.surgery.ops import CONVOLUTIONS, MOVES, POOLS
 from setpoint.surgery.tape import Value
 from setpoint.types import Chain

@@ -264,6 +264,11 @@ class Graph:
             if reader.op in MOVES and reader.outputs:
                 for _, tap in self.taps(reader.outputs[0]):
                     return tap
+        maker = value.producer
+        if not found and maker is not None and MOVES.get(maker.op) in ("view", "clone") and maker.inputs:
+            above = maker.inputs[0]  # the same numbers in another shape, if the channels stay the last axis
+            if above.tensor.shape[-1:] == value.tensor.shape[-1:]:
+                found = list(self.taps(above))
         return found[0][1] if found else None
 
 

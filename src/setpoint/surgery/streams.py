@@ -11,10 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from setpoint.surgery.behaviour import NormRead
 from setpoint.surgery.branches import Addition
 from setpoint.surgery.graph import Graph, Weight, bit
 from setpoint.surgery.indices import output_rows
-from setpoint.surgery.norms import NormRead
 from setpoint.surgery.ops import CONVOLUTIONS, ELEMENTWISE, MOVES
 from setpoint.surgery.tape import Node, Value
 from setpoint.types import BranchRole, Projection, Unread, Writer
