@@ -54,15 +54,15 @@ def render(report: Report) -> str:
     drawn = [figure for _, figure in findings if figure] + [figure for group in groups.values() for figure in group]
     settings = {key: value for key, value in report.settings.items() if key not in ("version", "command", "unread")}
     return (
-        _environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             report=report,
             findings=findings,
             groups=groups,
-            specs=_script({figure.id: figure.spec for figure in drawn}),
-            data=_script(json.loads(report.to_json(channels=False))),
-            library=_library(),
+            specs=script({figure.id: figure.spec for figure in drawn}),
+            data=script(json.loads(report.to_json(channels=False))),
+            library=library(),
             columns=_columns(report),
             rows=_rows(report),
             settings={key: _setting(value) for key, value in settings.items()},
@@ -74,7 +74,7 @@ def render(report: Report) -> str:
 
 def render_notebook(report: Report) -> str:
     """A table without scripts, for a notebook's output cell."""
-    return _environment().get_template("notebook.html.j2").render(report=report, words=wording)
+    return environment().get_template("notebook.html.j2").render(report=report, words=wording)
 
 
 def embedded(text: str, name: str) -> str:
@@ -118,21 +118,23 @@ def _setting(value: Any) -> str:
     return str(value)
 
 
-def _script(data: Any) -> Markup:
+def script(data: Any) -> Markup:
     """JSON that can't end the script element it stands in."""
     text = json.dumps(encode(data), separators=(",", ":"), allow_nan=False)
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
 
 
 @cache
-def _library() -> Markup:
+def library() -> Markup:
+    """The scripts that draw, as one module that sets ``window.vegaEmbed``."""
     names = "Object.assign(window, { vegaEmbed });"
     version = ".".join(alt.SCHEMA_VERSION.lstrip("v").split(".")[:2])
     return Markup(vl_convert.javascript_bundle(names, version).replace("</script", "<\\/script"))
 
 
 @cache
-def _environment() -> jinja2.Environment:
+def environment() -> jinja2.Environment:
+    """Where the templates are, with the filter ``number``."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("setpoint.report"),
         autoescape=True,

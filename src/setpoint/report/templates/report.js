@@ -20,7 +20,11 @@ function config() {
       heatmap: [1, 2, 3, 4, 5].map((i) => shade("heat-" + i)),
       ramp: [1, 2, 3, 4, 5].map((i) => shade("heat-" + i)),
     },
-    style: { threshold: { color: shade("error"), strokeDash: [5, 4], strokeWidth: 1.25 } },
+    style: {
+      threshold: { color: shade("error"), strokeDash: [5, 4], strokeWidth: 1.25 },
+      zone: { fill: shade("soft"), opacity: 0.14 },
+      none: { color: shade("soft"), strokeDash: [2, 3], strokeWidth: 1 },
+    },
   };
 }
 

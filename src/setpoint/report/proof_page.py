@@ -1,0 +1,238 @@
+"""A proof as one HTML page that needs nothing else: the same frame, style and theme as the report of a check."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import altair as alt
+
+import setpoint
+from setpoint.report import proof_words, wording
+from setpoint.report.charts import HEIGHT, Figure
+from setpoint.report.page import environment, library, script
+from setpoint.types.proving import ArmResult, Better, Judgement, Pair, Shape, StudyResult
+
+if TYPE_CHECKING:
+    from setpoint.report.proof import Proof
+
+LOG_FROM = 50.0
+"""A curve whose values span more than this ratio is drawn on a logarithmic axis."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A study as the page shows it."""
+
+    result: StudyResult
+    effects: tuple[Figure | None, ...]
+    curves: tuple[Figure, ...]
+    costs: tuple[str, ...]
+    trials: Figure | None
+
+
+def render(proof: Proof) -> str:
+    """The page as text."""
+    parts = [_part(study, i) for i, study in enumerate(proof.studies)]
+    figures = [f for part in parts for f in (*part.effects, *part.curves, part.trials) if f is not None]
+    return (
+        environment()
+        .get_template("proof.html.j2")
+        .render(
+            proof=proof,
+            parts=parts,
+            specs=script({figure.id: figure.spec for figure in figures}),
+            data=script(json.loads(proof.to_json())),
+            library=library(),
+            words=wording,
+            says=proof_words,
+            version=setpoint.__version__,
+        )
+    )
+
+
+def _part(study: StudyResult, index: int) -> _Part:
+    names = dict.fromkeys(curve.name for arm in study.arms for curve in arm.curves)
+    return _Part(
+        result=study,
+        effects=tuple(_effect(j, f"effect-{index}-{i}") for i, j in enumerate(study.judgements)),
+        curves=tuple(_curve(name, study.arms, f"curve-{index}-{i}") for i, name in enumerate(names)),
+        costs=tuple(dict.fromkeys(name for arm in study.arms for name in arm.cost)),
+        trials=_trials(study, f"trials-{index}"),
+    )
+
+
+def _curve(name: str, arms: Sequence[ArmResult], id_: str) -> Figure:
+    """One line per arm with the range of its replicates."""
+    rows = [
+        {"x": x, "y": mean, "low": low, "high": high, "s": arm.name}
+        for arm in arms
+        for band in arm.curves
+        if band.name == name
+        for x, mean, low, high in zip(band.x, band.mean, band.low, band.high, strict=True)
+    ]
+    ys = [value for row in rows for value in (row["low"], row["high"])]
+    xs = [row["x"] for row in rows]
+    y_scale = _scale([float(y) for y in ys])
+    x_scale = alt.Scale(type="log", nice=False) if _geometric(sorted(set(map(float, xs)))) else alt.Scale(nice=False)
+    colour = alt.Color("s:N", title=None, sort=None, legend=alt.Legend(orient="top"))
+    what, _, over = name.partition(" over ")
+    across = over or "step"
+    base = alt.Chart().encode(x=alt.X("x:Q", title=across, scale=x_scale, axis=alt.Axis(grid=False)), color=colour)
+    tooltip = [
+        alt.Tooltip("s:N", title="arm"),
+        alt.Tooltip("x:Q", title=across),
+        alt.Tooltip("y:Q", title="mean", format=".4~g"),
+        alt.Tooltip("low:Q", title="lowest", format=".4~g"),
+        alt.Tooltip("high:Q", title="highest", format=".4~g"),
+    ]
+    chart = alt.layer(
+        base.mark_area(opacity=0.18).encode(y=alt.Y("low:Q", title=what, scale=y_scale), y2="high:Q"),
+        base.mark_line().encode(y=alt.Y("y:Q", title=what, scale=y_scale)),
+        base.mark_point(filled=True, size=160, opacity=0).encode(y=alt.Y("y:Q", scale=y_scale), tooltip=tooltip),
+    )
+    ends = [f"{a.name} ends at {wording.number(b.mean[-1])}" for a in arms for b in a.curves if b.name == name]
+    title = f"{what[:1].upper()}{what[1:]}: mean and range over the replicates"
+    return _figure(chart, id_, rows, title, f"Line chart of {what} over {across}. {'; '.join(ends)}.")
+
+
+def _effect(judgement: Judgement, id_: str) -> Figure | None:
+    """The effect with both intervals, each replicate, and the smallest effect that matters as a zone around none."""
+    claim, effect = judgement.claim, judgement.effect
+    if effect is None:
+        return None
+    ratio = claim.scale == "ratio"
+    shown = (lambda value: 1 + value) if ratio else (lambda value: value)  # a ratio is drawn as a factor, around 1
+    rows: list[dict[str, Any]] = [
+        {"kind": "Student t", "low": shown(effect.low), "high": shown(effect.high), "mid": shown(effect.estimate)},
+        {
+            "kind": "bootstrap",
+            "low": shown(effect.bootstrap_low),
+            "high": shown(effect.bootstrap_high),
+            "mid": shown(effect.estimate),
+        },
+    ]
+    each = {pair.replicate: _each(judgement, pair) for pair in judgement.pairs}
+    rows += [{"kind": "replicates", "v": value, "at": at} for at, value in each.items() if value is not None]
+    low, high = _zone(judgement)
+    scale = alt.Scale(type="log", nice=False, padding=12) if ratio else alt.Scale(zero=False, nice=False, padding=12)
+    unit = "times as good" if ratio else claim.unit or claim.metric.replace("_", " ")
+    x = alt.X("low:Q", title=f"effect, {unit}", scale=scale, axis=alt.Axis(grid=False, tickCount=6, format="~g"))
+    y = alt.Y("kind:N", title=None, sort=None, axis=alt.Axis(ticks=False, domain=False))
+    layers = [
+        alt.Chart().mark_rect(style="zone").encode(x=alt.X(datum=low, type="quantitative"), x2=alt.datum(high)),
+        alt.Chart().mark_rule(style="none").encode(x=alt.datum(1.0 if ratio else 0.0)),
+        alt.Chart().transform_filter("isValid(datum.low)").mark_rule(strokeWidth=3).encode(x=x, x2="high:Q", y=y),
+        alt.Chart()
+        .transform_filter("isValid(datum.mid)")
+        .mark_point(filled=True, size=90, opacity=1)
+        .encode(x="mid:Q", y=y, tooltip=[alt.Tooltip("mid:Q", title="estimate", format=".4~g")]),
+        alt.Chart()
+        .transform_filter("isValid(datum.v)")
+        .mark_tick(thickness=2)
+        .encode(
+            x="v:Q",
+            y=y,
+            tooltip=[alt.Tooltip("at:Q", title="replicate"), alt.Tooltip("v:Q", title="effect", format=".4~g")],
+        ),
+    ]
+    if isinstance(claim.criterion, Shape):
+        layers.pop(1)  # a parameter of a form has no "none"
+    chart = alt.layer(*layers)
+    middle = proof_words.amount_of(claim, effect.estimate, signed=True)
+    words = f"Effect {middle}, interval {proof_words.span_of(claim, effect)}."
+    return _figure(chart, id_, rows, _zone_words(judgement), words, height=110)
+
+
+def _each(judgement: Judgement, pair: Pair) -> float | None:
+    """The effect in one replicate, as the chart draws it."""
+    claim = judgement.claim
+    if isinstance(claim.criterion, Shape):
+        return float(pair.method) if pair.method is not None else None
+    none = 1.0 if claim.scale == "ratio" else 0.0
+    baseline = pair.baseline if claim.baseline is not None else none
+    if pair.method is None or baseline is None:
+        return None
+    up = claim.better == "higher"
+    if claim.scale == "ratio":
+        return float(pair.method / baseline if up else baseline / pair.method)
+    return float(pair.method - baseline if up else baseline - pair.method)
+
+
+def _zone(judgement: Judgement) -> tuple[float, float]:
+    criterion = judgement.claim.criterion
+    if isinstance(criterion, Shape):
+        return criterion.low, criterion.high
+    bound = criterion.bound
+    return (1 / (1 + bound), 1 + bound) if judgement.claim.scale == "ratio" else (-bound, bound)
+
+
+def _zone_words(judgement: Judgement) -> str:
+    criterion = judgement.claim.criterion
+    if isinstance(criterion, Shape):
+        return "Fitted parameter; shaded: the claimed range"
+    if isinstance(criterion, Better):
+        return "Effect, right is better; shaded: too small to matter"
+    return "Effect, right is better; shaded: allowed difference"
+
+
+def _trials(study: StudyResult, id_: str) -> Figure | None:
+    """What tuning saw, if one number was tuned: the score over it, a line per arm."""
+    settings = [trial.setting for arm in study.arms for trial in arm.trials]
+    names = {name for setting in settings for name in setting}
+    if len(names) != 1:
+        return None
+    (name,) = names
+    rows = [
+        {"x": trial.setting[name], "y": trial.score, "s": arm.name}
+        for arm in study.arms
+        for trial in arm.trials
+        if trial.score is not None
+    ]
+    if not rows or not all(isinstance(row["x"], int | float) for row in rows):
+        return None
+    xs = sorted({float(row["x"]) for row in rows})
+    scale = alt.Scale(type="log", nice=False) if _geometric(xs) else alt.Scale(nice=False)
+    axis = alt.Axis(values=xs, format="~g", grid=False)
+    colour = alt.Color("s:N", title=None, sort=None, legend=alt.Legend(orient="top"))
+    metric = study.tuning_metric.replace("_", " ")
+    base = alt.Chart().encode(
+        x=alt.X("x:Q", title=name, scale=scale, axis=axis),
+        y=alt.Y("y:Q", title=metric, scale=alt.Scale(zero=False)),
+        color=colour,
+        tooltip=[
+            alt.Tooltip("s:N", title="arm"),
+            alt.Tooltip("x:Q", title=name),
+            alt.Tooltip("y:Q", title=metric, format=".4~g"),
+        ],
+    )
+    chart = alt.layer(base.mark_line(), base.mark_point(filled=True, size=60, opacity=1))
+    title = f"Tuning: {metric} over {name}, validation split"
+    return _figure(chart, id_, rows, title, f"Line chart of {metric} over {name} for each arm.")
+
+
+def _figure(
+    chart: alt.LayerChart, id_: str, rows: list[dict[str, Any]], title: str, words: str, height: int = HEIGHT
+) -> Figure:
+    spec = chart.properties(data=alt.NamedData(id_), width="container", height=height).to_dict()
+    for key in ("$schema", "config"):  # the page knows the version and has its own theme
+        spec.pop(key, None)
+    spec["datasets"] = {id_: rows}
+    spec["description"] = words
+    return Figure(id_, title, words, spec, wide=False)
+
+
+def _scale(values: Sequence[float]) -> alt.Scale:
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    if low > 0 and high / low > LOG_FROM:
+        return alt.Scale(type="log", nice=False)
+    return alt.Scale(zero=False)
+
+
+def _geometric(xs: Sequence[float]) -> bool:
+    """Whether the x values are spread evenly over orders of magnitude."""
+    if len(xs) < 3 or xs[0] <= 0:
+        return False
+    return xs[-1] / xs[0] > LOG_FROM and (xs[1] - xs[0]) < 0.1 * (xs[-1] - xs[-2])

@@ -1,0 +1,83 @@
+"""A proof in a terminal: per study its claims with verdict, effect and interval, then what the arms were and cost."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from setpoint.report.proof_words import amount_of, cost_of, criterion_of, setting_of, span_of
+from setpoint.report.wording import plural
+from setpoint.types.proving import Judgement, StudyResult, Verdict
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from setpoint.report.proof import Proof
+
+STYLES: Mapping[Verdict, str] = {
+    "holds": "bold green",
+    "reversed": "bold red",
+    "no effect": "cyan",
+    "undecided": "yellow",
+}
+
+
+def proof_lines(proof: Proof) -> Iterator[RenderableType]:
+    """The parts of a proof, top to bottom."""
+    where = ", ".join(filter(None, [proof.machine.get("processor", ""), proof.date[:10]]))
+    yield Text.assemble((proof.method, "bold"), (f"  {proof.budget} budget · {where}", "dim"))
+    if proof.budget == "smoke":
+        yield Text("A smoke run shows that the study runs from end to end; its figures say nothing.", style="yellow")
+    for study in proof.studies:
+        yield Text()
+        yield Text.assemble((study.question, "bold"), ("  " + _replicates(study), "dim"))
+        yield _claims(study)
+        yield _arms(study)
+        yield Padding(Text(f"tuned: {study.tuning or 'nothing'}", style="dim"), (0, 0, 0, 2))
+        for note in study.notes:
+            yield Padding(Text(note, style="dim"), (0, 0, 0, 2))
+    yield Text()
+    yield Text.assemble(("again: ", "dim"), proof.command)
+
+
+def _replicates(study: StudyResult) -> str:
+    return plural(len(study.replicates), study.replicate)
+
+
+def _claims(study: StudyResult) -> Table:
+    table = Table(box=box.HORIZONTALS, pad_edge=False, expand=True, header_style="dim", border_style="dim")
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("claim", ratio=5, overflow="fold")
+    table.add_column("effect and 95 % interval", ratio=4, overflow="fold")
+    for judgement in study.judgements:
+        claim = Text.assemble(judgement.claim.text, "\n", (criterion_of(judgement.claim), "dim"))
+        table.add_row(Text(judgement.verdict, style=STYLES[judgement.verdict]), claim, effect_text(judgement))
+    return table
+
+
+def effect_text(judgement: Judgement) -> Text:
+    """The effect, its two intervals and why the verdict is what it is."""
+    claim, effect = judgement.claim, judgement.effect
+    if effect is None:
+        return Text(judgement.reason)
+    return Text.assemble(
+        (amount_of(claim, effect.estimate, signed=True), "bold"),
+        f"  [{span_of(claim, effect)}]\n",
+        (f"bootstrap [{span_of(claim, effect, bootstrap=True)}]; {judgement.reason}", "dim"),
+    )
+
+
+def _arms(study: StudyResult) -> Table:
+    names = list(dict.fromkeys(name for arm in study.arms for name in arm.cost))
+    table = Table("arm", "setting", *names, box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
+    for arm in study.arms:
+        ends = [f"{count} {word}" for count, word in ((arm.diverged, "diverged"), (arm.failed, "broke")) if count]
+        label = Text.assemble((arm.name, "bold"), (" " + ", ".join(ends), "yellow") if ends else "")
+        costs = [cost_of(name, arm.cost[name]) if name in arm.cost else "–" for name in names]
+        table.add_row(label, setting_of(arm.setting), *costs)
+    return table
