@@ -1,6 +1,37 @@
 """Backbones, assembled from `setpoint.nn` by a configuration and the objects passed in."""
 
+from setpoint.models.checkpoints import from_folder, from_transformers
+from setpoint.models.initialize import DepthScaledNormal, LayerIndexNormal, Normal, XavierNormal
+from setpoint.models.position import Learned, Position, Rotary, Sinusoidal
+from setpoint.models.resnet import BasicBlock, Bottleneck, CifarStem, ImageNetStem, ResNet, ResNetConfig
 from setpoint.models.stack import MLP, Attention, SwiGLU
 from setpoint.models.transformer import Transformer, TransformerConfig
+from setpoint.models.vision import ClassToken, MeanPooling, VisionConfig, VisionTransformer
 
-__all__ = ["MLP", "Attention", "SwiGLU", "Transformer", "TransformerConfig"]
+__all__ = [
+    "MLP",
+    "Attention",
+    "BasicBlock",
+    "Bottleneck",
+    "CifarStem",
+    "ClassToken",
+    "DepthScaledNormal",
+    "ImageNetStem",
+    "LayerIndexNormal",
+    "Learned",
+    "MeanPooling",
+    "Normal",
+    "Position",
+    "ResNet",
+    "ResNetConfig",
+    "Rotary",
+    "Sinusoidal",
+    "SwiGLU",
+    "Transformer",
+    "TransformerConfig",
+    "VisionConfig",
+    "VisionTransformer",
+    "XavierNormal",
+    "from_folder",
+    "from_transformers",
+]

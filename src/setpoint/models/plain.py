@@ -23,6 +23,8 @@ _ROOMS = (
     "setpoint.nn",
     "setpoint.nn.block",
     "setpoint.models.stack",
+    "setpoint.models.vision",
+    "setpoint.models.resnet",
     "setpoint.models.position",
     "setpoint.models.initialize",
 )
@@ -45,8 +47,10 @@ def to_plain(part: Any) -> Any:
         return part
     if isinstance(part, tuple | list):
         return [to_plain(item) for item in part]
-    if isinstance(part, partial) and not part.args:
-        return {"name": _name_of(part.func), **{key: to_plain(value) for key, value in part.keywords.items()}}
+    if isinstance(part, partial):
+        positional = {"args": to_plain(part.args)} if part.args else {}
+        named = {key: to_plain(value) for key, value in part.keywords.items()}
+        return {"name": _name_of(part.func), **positional, **named}
     if is_dataclass(part) and not isinstance(part, type):
         own = {field.name: to_plain(getattr(part, field.name)) for field in fields(part)}
         return {"name": _name_of(type(part)), **own}
@@ -70,13 +74,14 @@ def from_plain(data: Any) -> Any:
         return tuple(from_plain(item) for item in data)
     if not isinstance(data, Mapping):
         return data
-    options = {key: from_plain(value) for key, value in data.items() if key != "name"}
+    args = from_plain(data.get("args", []))
+    options = {key: from_plain(value) for key, value in data.items() if key not in ("name", "args")}
     name = data.get("name")
     kind = _find(name) if isinstance(name, str) else None
     if kind is None:
         raise InputError(f"expected the name of a part of setpoint.nn, setpoint.models or torch.nn, got {name!r}")
     if issubclass(kind, nn.Module):
-        return partial(kind, **options) if options else kind
+        return partial(kind, *args, **options) if args or options else kind
     return build(kind, options)
 
 
@@ -99,8 +104,8 @@ def _name_of(kind: Any) -> str:
         if isinstance(kind, type) and _find(candidate) is kind:
             return candidate
     raise InputError(
-        f"expected a class of setpoint.nn, setpoint.models or torch.nn, or a functools.partial of one with keywords "
-        f"only, got {kind!r}; a model that is to be rebuilt from its file can be made of those alone"
+        f"expected a class of setpoint.nn, setpoint.models or torch.nn, or a functools.partial of one, got "
+        f"{kind!r}; a model that is to be rebuilt from its file can be made of those alone"
     )
 
 

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from setpoint.errors import InputError
 from setpoint.models.generation import Cache, LayerCache
+from setpoint.models.initialize import Normal
 from setpoint.models.plain import to_plain
 from setpoint.models.position import Position, Rotation, rotate
 from setpoint.nn.block import NormFactory, Placement
@@ -86,8 +87,8 @@ class Parts:
     final_norm: NormFactory
     attention: Callable[..., nn.Module]
     feed_forward: Callable[..., nn.Module]
-    position: Position
-    init: Initializer
+    position: Position = Position()  # noqa: RUF009  frozen
+    init: Initializer = Normal()  # noqa: RUF009
 
     def to_dict(self) -> dict[str, Any]:
         """The parts by name, as `setpoint.models.plain` writes them."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from dataclasses import fields as dataclass_fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -78,7 +79,7 @@ def placement(name: str, **fields: Any) -> Placement:
             try:
                 return kind(**fields)
             except TypeError:
-                known = ", ".join(kind.__dataclass_fields__)
+                known = ", ".join(field.name for field in dataclass_fields(kind))
                 raise InputError(f"the placement {name!r} takes {known}, got {', '.join(fields)}") from None
     listed = sorted(kind.name + (f" ({', '.join(kind.aliases)})" if kind.aliases else "") for kind in kinds)
     raise InputError(f"no placement is called {name!r}; there are {', '.join(listed)}")
