@@ -267,8 +267,8 @@ class LNLSTM(nn.Module):
         """The hidden states of the last layer at every step, and the last hidden state and cell of every layer."""
         if not isinstance(x, Tensor):
             raise TypeError(
-                f"LNLSTM: expected a tensor, got {type(x).__name__}; pad sequences of different lengths, and mask the loss "
-                "at the padding"
+                f"LNLSTM: expected a tensor, got {type(x).__name__}; pad sequences of different lengths, and mask "
+                "the loss at the padding"
             )
         _expect_width("LNLSTM", "an input", x, self.input_size)
         if x.dim() not in (2, 3):

@@ -1,11 +1,14 @@
-"""Conformance suites: what every probe must pass, setpoint's own and yours."""
+"""Conformance suites: what every probe and every layer must pass, setpoint's own and yours."""
 
+from setpoint.testing.layer import LAYER_CHECKS, check_layer
 from setpoint.testing.probe import ConformanceError, check_probe, restrict
 from setpoint.testing.traces import ailing_traces, convolutional_trace, empty_trace, healthy_trace
 
 __all__ = [
+    "LAYER_CHECKS",
     "ConformanceError",
     "ailing_traces",
+    "check_layer",
     "check_probe",
     "convolutional_trace",
     "empty_trace",

@@ -88,7 +88,7 @@ class MaskedBatchNorm1d(nn.BatchNorm1d):
 
     def _batch_statistics(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         mean, variance, count = masked_moments(x, mask)
-        if not torch.compiler.is_compiling():  # a look at the mask's contents would break a compiled graph in two
+        if not torch.compiler.is_compiling() and not mask.is_meta:  # contents are not there to look at
             self._warn_of_few(int(count))
         if self.running_mean is None or self.running_var is None:
             return mean, variance
