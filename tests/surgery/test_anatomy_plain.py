@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from setpoint.errors import InputError
 from setpoint.surgery import Anatomy
 
 
@@ -237,15 +238,48 @@ class Custom(nn.Module):
 
 
 def test_a_custom_function_outside_torch_is_unread() -> None:
-    anatomy = Anatomy.trace(Stack(Unit(16, "pre"), Custom(hidden=True)), IDS)
-    assert [part.name for part in anatomy.unread] == ["units.1"]
-    assert [block.name for block in anatomy.blocks] == ["units.0"]
+    anatomy = Anatomy.trace(Stack(Unit(16, "pre"), Custom(hidden=True), Unit(16, "pre")), IDS)
+    reason = "the autograd function Scaled computes outside torch's Python calls"
+    assert [(part.name, part.reason) for part in anatomy.unread] == [("units.1", reason)]
+    assert [block.name for block in anatomy.blocks] == ["units.0", "units.2"]
+
+
+def test_a_custom_function_in_the_middle_of_a_forward_breaks_no_stream() -> None:
+    class Middle(Unit):
+        def forward(self, x: Tensor) -> Tensor:
+            h = Scaled.apply(self.norm(x), self.norm.weight, True)  # type: ignore[no-untyped-call]
+            return x + self.down(functional.gelu(self.up(h)))  # type: ignore[no-any-return]
+
+    anatomy = Anatomy.trace(Stack(Middle(16, "pre"), Unit(16, "pre")), IDS)
+    assert [part.name for part in anatomy.unread] == ["units.0"]
+    assert [(b.name, b.placement, len(b.branches)) for b in anatomy.blocks] == [
+        ("units.0", "pre", 1),
+        ("units.1", "pre", 1),
+    ]
+    assert not anatomy.norms["units.0.norm"].foldable
 
 
 def test_a_custom_function_made_of_torch_is_followed() -> None:
     anatomy = Anatomy.trace(Stack(Unit(16, "pre"), Custom(hidden=False), Unit(16, "pre")), IDS)
-    assert anatomy.unread == ()
+    reason = "the autograd function Scaled has a backward of its own (its forward was followed)"
+    assert [(part.name, part.reason) for part in anatomy.unread] == [("units.1", reason)]
     assert [block.name for block in anatomy.blocks] == ["units.0", "units.2"]
+
+
+@pytest.mark.parametrize("freeze", [torch.jit.script, lambda m: torch.jit.trace(m, batch())], ids=["script", "trace"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_part_is_unread_and_the_rest_is_read(freeze: Any) -> None:
+    anatomy = Anatomy.trace(nn.Sequential(Unit(16, "pre"), freeze(Unit(16, "pre")), Unit(16, "pre")), batch())
+    assert [(part.name, part.reason) for part in anatomy.unread] == [
+        ("1", "a ScriptModule, whose operations can't be seen")
+    ]
+    assert [block.name for block in anatomy.blocks] == ["0", "2"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_that_is_scripted_whole_is_refused() -> None:
+    with pytest.raises(InputError, match="trace the model before it is scripted"):
+        Anatomy.trace(torch.jit.script(nn.Sequential(nn.Linear(4, 4))), torch.ones(2, 4))
 
 
 def test_a_final_norm_is_not_part_of_the_last_post_norm_block() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,8 @@ def state(model: nn.Module) -> dict[str, Any]:
         "fast path": torch.backends.mha.get_fastpath_enabled(),
         "grad mode": torch.is_grad_enabled(),
         "functions": [vars(nn.functional)[name] for name in ("has_torch_function", "has_torch_function_unary")],
+        "autograd functions": vars(torch.autograd.Function)["apply"],
+        "hooks of all modules": len(torch.nn.modules.module._global_forward_hooks),
     }
 
 
@@ -60,7 +63,8 @@ def assert_same(before: dict[str, Any], after: dict[str, Any]) -> None:
     for name, (identity, tensor) in before["tensors"].items():
         assert after["tensors"][name][0] == identity, name
         assert torch.equal(after["tensors"][name][1], tensor), name
-    for key in ("hooks", "modes", "gradients", "fast path", "grad mode", "functions"):
+    plain = ("hooks", "modes", "gradients", "fast path", "grad mode", "functions", "autograd functions")
+    for key in (*plain, "hooks of all modules"):
         assert after[key] == before[key], key
 
 
@@ -146,6 +150,37 @@ def test_a_compiled_wrapper_is_looked_through(image: Tensor) -> None:
     compiled: Any = torch.compile(model, backend="eager")
     assert unwrap(compiled) is model
     assert Anatomy.trace(compiled, image).feeds == Anatomy.trace(model, image).feeds
+
+
+def test_data_parallel_wrappers_are_looked_through(image: Tensor, tmp_path: Path) -> None:
+    model = Net().eval()
+    truth = Anatomy.trace(model, image)
+    assert Anatomy.trace(nn.DataParallel(model), image).blocks == truth.blocks
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped: Any = torch.compile(nn.parallel.DistributedDataParallel(model), backend="eager")
+        assert unwrap(wrapped) is model
+        assert Anatomy.trace(wrapped, image).blocks == truth.blocks
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("fails", [True, False], ids=["raising", "passing"])
+def test_nothing_is_left_behind_a_scripted_part(image: Tensor, fails: bool) -> None:
+    model = Net(fails).eval()
+    model.inner = torch.jit.script(model.inner)
+    before = state(model)
+    if fails:
+        with pytest.raises(RuntimeError, match="broken on purpose"):
+            Anatomy.trace(model, image)
+    else:
+        anatomy = Anatomy.trace(model, image)
+        assert [part.name for part in anatomy.unread] == ["inner"]
+        assert [(b.role, b.writer) for block in anatomy.blocks for b in block.branches] == [("other", None)]
+        assert [part.name for part in anatomy.unwritten] == ["inner"]
+    assert_same(before, state(model))
 
 
 def test_bfloat16_is_read_like_float32() -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from setpoint.errors import InputError
@@ -109,13 +110,18 @@ class Anatomy:
             forward: ``forward(model, batch)``, if calling takes more than the batch.
 
         Raises:
-            setpoint.errors.InputError: A fully sharded model.
+            setpoint.errors.InputError: A fully sharded or a scripted model.
         """
         model = unwrap(model)
         if "FullyShardedDataParallel" in type(model).__name__:
             raise InputError(
                 "expected a plain module, got one wrapped in FullyShardedDataParallel, whose weights are flattened; "
                 "trace the model before it is sharded"
+            )
+        if isinstance(model, torch.jit.ScriptModule):
+            raise InputError(
+                f"expected a module that runs in Python, got a {type(model).__name__}, whose operations can't be seen; "
+                "trace the model before it is scripted"
             )
         with untouched(model):
             tape = record(model, batch, forward)

@@ -77,7 +77,7 @@ def _addition(graph: Graph, node: Node) -> list[Addition]:
     if all(end is not None and end.node.op in CONVOLUTIONS for end in ends):
         source = _source(graph, graph.heavy[a.index] & graph.heavy[b.index])
         if source is not None:
-            depth = [(graph.ancestors[v.index] & ~graph.ancestors[source.index]).bit_count() for v in (a, b)]
+            depth = [(graph.ancestors[v.index] & ~graph.ancestors.get(source.index, 0)).bit_count() for v in (a, b)]
             stream, branch = (a, b) if depth[0] < depth[1] else (b, a)
             return [Addition(node, stream, branch, source, node.outputs[0])]
     return []

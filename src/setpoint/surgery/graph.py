@@ -82,7 +82,9 @@ class Graph:
         table = self._table(node)
         if table is not None and node.outputs:
             self.lookups[node.outputs[0].index] = table
-        opaque = weight is not None or core or node.op in CONTRACTIONS or table is not None
+        # code that can't be seen and has a matrix of its own is taken for a layer
+        hidden = node.op == "opaque" and any(v.kind == "parameter" and v.tensor.dim() > 1 for v in node.inputs)
+        opaque = weight is not None or core or node.op in CONTRACTIONS or table is not None or hidden
         ancestors = light = heavy = 0
         for value in node.inputs:
             if value.kind in ("parameter", "buffer"):
@@ -90,7 +92,7 @@ class Graph:
             own = 1 << value.index
             above = self.ancestors.get(value.index, 0) | own
             ancestors |= above
-            heavy |= above if weight is not None else self.heavy.get(value.index, 0)
+            heavy |= above if weight is not None or hidden else self.heavy.get(value.index, 0)
             if not opaque and value.floating:
                 light |= self.light.get(value.index, 0) | own
         fed = any(v.floating and (v.kind == "input" or self.signal & bit(v)) for v in node.inputs)

@@ -163,7 +163,8 @@ class _Walk:
         elif not self.graph.signal & bit(value):
             self._leaf(value, path)
         else:
-            self.unwritten.append(Unread(node.call.name, f"the stream comes from the op {node.op}"))
+            what = "code that can't be seen" if node.op == "opaque" else f"the op {node.op}"
+            self.unwritten.append(Unread(node.call.name, f"the stream comes from {what}"))
 
 
 def _is_scalar(factor: Value, product: Value) -> bool:

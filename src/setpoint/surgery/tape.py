@@ -20,6 +20,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
@@ -203,30 +205,67 @@ class Tape(TorchFunctionMode):
             else:
                 return
             made = tensors_of(output)
-            unseen = [t for t in made if id(t) not in self._known]
-            if unseen and any(v.floating for v in call.inputs):
-                node = Node("opaque", None, args, kwargs, list(call.inputs), [], call)
-                own = [v for v in self.values if v.kind == "parameter" and _inside(v.name, name)]
-                node.inputs += own
-                node.outputs = [self._add(t, "op", producer=node) for t in unseen]
-                self.nodes.append(node)
-                call.nodes.append(node)
+            if any(v.floating for v in call.inputs) and self._enter_unseen(call, made, args, kwargs, name):
                 self.opaque.append((name, "its output comes from code that runs outside torch's Python calls"))
             call.outputs = [self.value_of(t) for t in made]
+
+        return hook
+
+    def _enter_unseen(
+        self, call: Call, made: list[Tensor], args: tuple[Any, ...], kwargs: dict[str, Any], owner: str | None
+    ) -> bool:
+        """Enter results that no seen call made, as made by one op from the arguments and ``owner``'s parameters."""
+        unseen = [t for t in made if id(t) not in self._known]
+        if not unseen:
+            return False
+        node = Node("opaque", None, args, kwargs, [self.value_of(t) for t in tensors_of(args, kwargs)], [], call)
+        if owner is not None:
+            node.inputs += [v for v in self.values if v.kind == "parameter" and _inside(v.name, owner)]
+        node.outputs = [self._add(t, "op", producer=node) for t in unseen]
+        self.nodes.append(node)
+        call.nodes.append(node)
+        return True
+
+    def enter_function(self, function: type, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        """Note a call of an autograd function that is not torch's own; its backward is unknown in any case."""
+        call = self._stack[-1]
+        hidden = self._enter_unseen(call, tensors_of(result), args, kwargs, None)
+        how = (
+            "computes outside torch's Python calls"
+            if hidden
+            else "has a backward of its own (its forward was followed)"
+        )
+        self.opaque.append((call.name, f"the autograd function {function.__name__} {how}"))
+
+    def _scripted(self, names: dict[int, str]) -> Callable[..., None]:
+        """A hook for all modules that enters calls of scripted ones, which take no hooks of their own."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            name = names.get(id(module))
+            if name is None:
+                return
+            self._before(name)(module, args, kwargs)
+            call = self._stack.pop()
+            self._enter_unseen(call, tensors_of(output), args, kwargs, name)
+            call.outputs = [self.value_of(t) for t in tensors_of(output)]
+            self.opaque.append((name, "a ScriptModule, whose operations can't be seen"))
 
         return hook
 
     def attach(self) -> list[RemovableHandle]:
         """Hook every module; the handles take the hooks off again."""
         handles: list[RemovableHandle] = []
-        scripted: list[str] = []
+        scripted: dict[int, str] = {}
         for name, module in self.model.named_modules():
-            if any(_inside(name, outer) for outer in scripted):
+            if any(_inside(name, outer) for outer in scripted.values()):
                 continue
             if isinstance(module, torch.jit.ScriptModule):
-                scripted.append(name)
+                scripted[id(module)] = name
+                continue
             handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
             handles.append(module.register_forward_hook(self._after(name), with_kwargs=True, always_call=True))
+        if scripted:
+            handles.append(register_module_forward_hook(self._scripted(scripted), with_kwargs=True))
         return handles
 
 
@@ -270,12 +309,31 @@ def open_composites() -> Iterator[None]:
             setattr(module, check, original)
 
 
+@contextmanager
+def noted_functions(tape: Tape) -> Iterator[None]:
+    """Tell the tape of every autograd function that this thread applies, torch's own apart."""
+    owner = threading.get_ident()
+    original = vars(Function)["apply"]
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        result = original.__func__(cls, *args, **kwargs)
+        if threading.get_ident() == owner and not cls.__module__.startswith("torch."):
+            tape.enter_function(cls, args, kwargs, result)
+        return result
+
+    Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Function.apply = original  # type: ignore[method-assign]
+
+
 def record(model: nn.Module, batch: Any, forward: Forward | None = None) -> Tape:
     """Run one batch and return what happened; the model must be unwrapped and inside `untouched`."""
     tape = Tape(model)
     handles = tape.attach()
     try:
-        with open_composites(), tape:
+        with open_composites(), noted_functions(tape), tape:
             output = (forward or run_batch)(model, batch)
         tape.outputs = [tape.value_of(t) for t in tensors_of(output)]
     finally:
