@@ -90,12 +90,15 @@ READERS = [
 
 @pytest.mark.parametrize(("read", "weights", "expected"), READERS)
 def test_a_use_names_the_channels_that_the_input_axis_meets(
-    read: Callable[[Reader, Tensor], Tensor], weights: dict[str, nn.Module], expected: list[object]
+    read: Callable[[Reader, Tensor], Tensor], weights: dict[str, nn.Module], expected: list[tuple[str, int, object]]
 ) -> None:
     model = Reader(read, **weights).eval()
     norm = read_norm(model)
-    assert [(use.parameter, use.input_axis, use.slice) for use in norm.uses if use.is_weight] == expected
     readers = tuple(use for use in norm.uses if use.is_weight)
+    assert [(use.parameter, use.input_axis, use.slice) for use in readers] == expected
+    assert {(use.output_axis, use.bias.replace("bias", "weight")) for use in readers} == {
+        (1 - axis, name if name != "matrix" else "") for name, axis, _ in expected
+    }
     assert all(use.foldable for use in readers)
     x = tokens().double()
     folded = fold_gain(model, "norm", readers)

@@ -285,6 +285,19 @@ def test_centring_every_writer_of_a_published_model(model: str, config: str, set
     assert largest_mean(recentred(network, anatomy.writers), anatomy, doubled) < 1e-12
 
 
+def test_positions_that_are_interpolated_are_a_writer() -> None:
+    network = build("Dinov2Model", "Dinov2Config", **COUNTS, image_size=24, patch_size=4)
+    batch = {"pixel_values": pictures(16)}  # fewer patches than positions were learned for
+    anatomy = Anatomy.trace(network, batch)
+    positions = {w.via for w in anatomy.writers if w.projection.parameter == "embeddings.position_embeddings"}
+    assert len(positions) == 2  # the class token's is cut out, those of the patches are resampled
+    assert any("resample" in via for via in positions)
+    assert anatomy.unwritten == ()
+    doubled = {"pixel_values": pictures(16).double()}
+    made = largest_mean(recentred(network, anatomy.writers), anatomy, doubled)
+    assert made < 1e-7  # this model interpolates in float32, whatever its weights are
+
+
 def test_vit_writes_a_class_token_patches_and_positions() -> None:
     anatomy = Anatomy.trace(build("ViTModel", "ViTConfig", **COUNTS, **IMAGES), {"pixel_values": pictures(16)})
     assert [(w.projection.parameter, w.projection.output_axis) for w in anatomy.writers if w.block is None] == [

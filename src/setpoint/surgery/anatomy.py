@@ -22,8 +22,8 @@ from setpoint.surgery.chains import find_chains, find_layers
 from setpoint.surgery.graph import Graph, bit
 from setpoint.surgery.norms import find_norms, find_uses, reaches, site
 from setpoint.surgery.ops import is_known
-from setpoint.surgery.streams import find_writers
 from setpoint.surgery.tape import Call, Value, record
+from setpoint.surgery.writers import find_writers
 from setpoint.types import AttentionSite, Block, Branch, Chain, NormSite, Projection, Site, Tap, Unread, Writer
 
 if TYPE_CHECKING:

@@ -34,7 +34,9 @@ def output_rows(graph: Graph, weight: Weight, value: Value) -> Indices | None:
     numbers = _Numbers(graph, made, _along(made.tensor, (axis,))).of(value)
     if numbers is None:
         return None
-    rows = [row for row in torch.unique(numbers).tolist() if row != FOREIGN]
+    arrived = torch.zeros(total + 1, dtype=torch.bool, device=numbers.device)
+    arrived[numbers.flatten() + 1] = True  # FOREIGN falls on the first place
+    rows: list[int] = arrived[1:].nonzero().flatten().tolist()
     return None if len(rows) == total else _indices(rows)
 
 

@@ -107,6 +107,8 @@ def find_uses(graph: Graph, read: NormRead, norms: list[NormRead]) -> list[Use]:
                         reading.channels,
                         node.call.ordinal,
                         passed,
+                        output_axis=weight.output_axis,
+                        bias=weight.bias,
                     )
                 )
             elif node.op in MOVES or node.op in ACTIVATIONS:

@@ -124,6 +124,14 @@ POOLS = frozenset(
     "adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d mean".split()
 )
 
+RESAMPLES = frozenset(
+    "upsample_nearest1d upsample_nearest2d upsample_nearest3d _upsample_nearest_exact1d _upsample_nearest_exact2d "
+    "_upsample_nearest_exact3d upsample_linear1d upsample_bilinear2d upsample_trilinear3d upsample_bicubic2d "
+    "_upsample_bilinear2d_aa _upsample_bicubic2d_aa avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d".split()
+)
+"""Ops that average over positions, for each channel in the same way."""
+
 CONVOLUTIONS = frozenset("conv conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d".split())
 
 CONTRACTIONS = frozenset("linear matmul addmm baddbmm addmv einsum grouped_mm bilinear".split()) | CONVOLUTIONS
@@ -150,6 +158,7 @@ def is_known(op: str) -> bool:
         or op in POOLS
         or op in CONTRACTIONS
         or op in CORES
+        or op in RESAMPLES
         or op in NO_VALUE
         or op in {"embedding", "embedding_bag", "copy", "index_put", "setitem", "alias_write", "one_hot", "amax"}
         or op in {"zeros_like", "ones_like", "empty_like", "full_like", "randn_like", "rand_like", "new_zeros"}

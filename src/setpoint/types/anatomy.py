@@ -85,6 +85,8 @@ class Use:
             activations appear here too and forbid a fold, as does ``"merge"``: channels are flattened together with
             tokens or joined with other channels, so that ``slice`` repeats or skips.
         op: Name of the reading op when it carries no weight.
+        output_axis: The parameter's axis that indexes outputs.
+        bias: Qualified name of the bias that goes with the weight, "" if none.
     """
 
     module: str
@@ -94,6 +96,8 @@ class Use:
     call_index: int = 0
     via: tuple[str, ...] = ()
     op: str = ""
+    output_axis: int = 0
+    bias: str = ""
 
     @property
     def is_weight(self) -> bool:
@@ -318,7 +322,8 @@ class Writer:
         role: The branch's role; ``"embedding"`` for what a stream starts from (tables, a patch convolution, learned
             positions, the projection between two stages).
         via: Names of the ops between the weight and the sum, in order: those of `PASS_THROUGH`, ``"scale"`` for a
-            factor that is a number or a parameter, and other ops and norms by their own name.
+            factor that is a number or a parameter, ``"resample"`` for averages over positions, and other ops and norms
+            by their own name.
         scale: Qualified name of a parameter that multiplies in between (LayerScale's gamma), "" if none.
         norms: Names of the norms in between.
     """
@@ -333,7 +338,7 @@ class Writer:
     @property
     def linear(self) -> bool:
         """Whether the stream gets the output times fixed factors, so that centring it centres what is added."""
-        return all(name in PASS_THROUGH or name == "scale" for name in self.via)
+        return all(name in PASS_THROUGH or name in ("scale", "resample") for name in self.via)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from setpoint.surgery.behaviour import NormRead
 from setpoint.surgery.branches import Addition
 from setpoint.surgery.graph import Graph, Weight, bit
 from setpoint.surgery.indices import output_rows
-from setpoint.surgery.ops import CONVOLUTIONS, ELEMENTWISE, MOVES
+from setpoint.surgery.ops import CONVOLUTIONS, ELEMENTWISE, MOVES, RESAMPLES
 from setpoint.surgery.tape import Node, Value
 from setpoint.types import BranchRole, Projection, Unread, Writer
 
@@ -105,6 +105,10 @@ class _Walk:
             self._sum(node, path)
         elif node.op in ("mul", "div"):
             self._product(node, value, path)
+        elif node.op in RESAMPLES:
+            for above in node.inputs:
+                if above.floating:
+                    self._follow(above, path.behind(node, "resample"))
         elif node.op in ELEMENTWISE:
             for above in node.inputs:
                 if above.floating and above.tensor.shape == value.tensor.shape:
