@@ -27,7 +27,7 @@ from setpoint.fixing.base import Refused
 from setpoint.surgery.centre import centre_writers
 from setpoint.surgery.copying import in_float64
 from setpoint.surgery.editing import commit, parameter
-from setpoint.surgery.stream import ZERO, Means, measure_means, not_pre_norm, stream_norms
+from setpoint.surgery.stream import ZERO, Means, measure_means, not_pre_norm, stream_norms, stream_width
 from setpoint.types import Build, Edit, FixContext, NormSite, Preserves, Ref, Refusal, Stage, Writer
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class PreRMSNorm:
         wraps = [edit for edit in edits if isinstance(edit.value, Build) and "CentredInput" in edit.value.target]
         edits = [edit for edit in edits if edit not in wraps]
         for name in norms:
-            edits += _rms_norm(ctx.model, ctx.anatomy.norms[name])
+            edits += _rms_norm(ctx.model, ctx.anatomy, ctx.anatomy.norms[name])
         return edits + wraps
 
 
@@ -181,10 +181,9 @@ def in_its_place(path: str, table: nn.Embedding, target: str, why: str, **more: 
     return [Edit(path, Build(target, arguments), why), Edit(f"{path}.weight", table.weight, "the same table")]
 
 
-def _rms_norm(model: nn.Module, site: NormSite) -> list[Edit]:
-    width = site.gain.numel() if site.gain is not None else _width(model, site)
+def _rms_norm(model: nn.Module, anatomy: Anatomy, site: NormSite) -> list[Edit]:
     arguments = {
-        "normalized_shape": width,
+        "normalized_shape": stream_width(model, anatomy),
         "eps": site.eps,
         "elementwise_affine": site.gain is not None,
         "bias": site.shift is not None,
@@ -199,10 +198,3 @@ def _rms_norm(model: nn.Module, site: NormSite) -> list[Edit]:
             same = own is not None and own.shape == value.shape and bool((own.detach() == value).all())
             edits.append(Edit(f"{site.name}.{name}", own if same and own is not None else value, "kept"))
     return edits
-
-
-def _width(model: nn.Module, site: NormSite) -> int | Sequence[int]:
-    shape: Sequence[int] = getattr(model.get_submodule(site.name), "normalized_shape", ())
-    if not shape:
-        raise Refused("pre-rmsnorm", Refusal(site.name, "the width that it normalizes over could not be read"))
-    return list(shape)

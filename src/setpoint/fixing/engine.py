@@ -132,7 +132,23 @@ def fix(
         if inplace and trains:
             _restore(inner, reference)
         raise
-    return Fixed(work, change, tuple(wanted), tuple(edits), replace(loaded, model=work), tuple(notes))
+    return Fixed(
+        model=work,
+        change=change,
+        fixes=tuple(wanted),
+        edits=tuple(edits),
+        loaded=replace(loaded, model=work),
+        stock=_stock(reference, work, edits),
+        notes=tuple(notes),
+    )
+
+
+def _stock(reference: nn.Module, work: nn.Module, edits: Sequence[Edit]) -> bool:
+    """Whether values of weights are all that differs."""
+    shapes = [
+        {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)} for model in (reference, work)
+    ]
+    return all(isinstance(edit.value, Tensor) for edit in edits) and shapes[0] == shapes[1]
 
 
 def _restore(model: nn.Module, reference: nn.Module) -> None:

@@ -26,6 +26,7 @@ class Fixed:
         fixes: What was applied, in the order in which it was.
         edits: Every edit that was made.
         loaded: What was fixed, with its tokenizer, its task and where it came from.
+        stock: Whether the original architecture still expresses the model: only values of weights changed.
         notes: What a user must know: nothing left to do, train before use, optimizers are stale.
     """
 
@@ -34,6 +35,7 @@ class Fixed:
     fixes: tuple[Fix, ...]
     edits: tuple[Edit, ...]
     loaded: Loaded
+    stock: bool = False
     notes: tuple[str, ...] = ()
 
     @property

@@ -69,7 +69,7 @@ def load_folder(folder: Path, dtype: torch.dtype, trust_code: bool) -> Loaded:
         model = _build(kind, folder, dtype, trust_code)
         task = task_of(model)
         processor = (
-            _image_transform(folder, config) if task.startswith("image") else _tokenizer(folder, model, trust_code)
+            _image_transform(folder, config) if task.startswith("image") else read_tokenizer(folder, model, trust_code)
         )
     notes = []
     if stored and stored != {str(dtype).removeprefix("torch.")}:
@@ -215,7 +215,17 @@ def _build(kind: Any, folder: Path, dtype: torch.dtype, trust_code: bool) -> Any
 # What feeds it
 
 
-def _tokenizer(folder: Path, model: Any, trust_code: bool) -> Any:
+def read_tokenizer(folder: Path, model: Any, trust_code: bool = False) -> Any:
+    """The tokenizer that lies in a folder, None if there is none.
+
+    Args:
+        folder: Holds the tokenizer's files.
+        model: With its ``config``.
+        trust_code: Run code in the folder.
+
+    Raises:
+        InputError: The files are damaged.
+    """
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         return None
     for name in _JSON_FILES:

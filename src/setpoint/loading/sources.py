@@ -13,6 +13,7 @@ from torch import nn
 from setpoint.errors import InputError, nearest
 from setpoint.loading import shelf
 from setpoint.loading.factory import from_factory
+from setpoint.loading.fixed import STATEMENT, load_fixed
 from setpoint.loading.tasks import forward_for, task_of
 from setpoint.types import Loaded
 
@@ -34,7 +35,7 @@ def load(
     Args:
         source: One of
 
-            - a folder in Hugging Face's layout (``config.json`` and safetensors),
+            - a folder in Hugging Face's layout (``config.json`` and safetensors), or one that ``setpoint fix`` wrote,
             - a ``.gguf`` file,
             - ``module:factory``, a function of yours that returns a `torch.nn.Module`, ``(model, batches)`` or
               ``(model, batches, loss)``; the current directory is importable,
@@ -71,6 +72,8 @@ def _open(source: str, hub: bool, trust_code: bool, dtype: torch.dtype | None) -
     path, stored = Path(source).expanduser(), dtype or torch.float32
     if source in shelf.packaged() and not path.exists():
         return _packaged(source, stored)
+    if (path / STATEMENT).is_file():
+        return load_fixed(path, stored, trust_code)
     if path.is_dir():
         from setpoint.loading.huggingface import load_folder
 

@@ -224,6 +224,29 @@ def _slow_path(model: nn.Module, path: str, undo: Undo) -> None:
             _attribute(module, "activation_relu_or_gelu", 0, undo)
 
 
+def settle(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor at one place, as when a saved model is rebuilt; other places of the old tensor keep it.
+
+    Args:
+        model: Changed in place.
+        name: Qualified name of a parameter or buffer that the model has, if only as None.
+        tensor: A parameter for a parameter.
+
+    Raises:
+        AttributeError: There is no such place.
+    """
+    parent_path, _, last = name.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    table = parent._buffers if last in parent._buffers else parent._parameters
+    if last not in table:
+        raise AttributeError(name)
+    old = table[last]
+    table[last] = tensor  # type: ignore[assignment]
+    _fit_sizes(parent, [])
+    if old is None or old.shape != tensor.shape:
+        _slow_path(model, name, [])
+
+
 def ties(model: nn.Module) -> dict[str, str]:
     """Parameter and buffer names that stand for a tensor with an earlier name: later name -> first name."""
     first: dict[int, str] = {}

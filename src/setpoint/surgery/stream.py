@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from setpoint.running import tensors_of
 from setpoint.surgery.comparing import double, lifted, outputs
+from setpoint.surgery.editing import parameter
 from setpoint.surgery.inserts import CentredInput
 from setpoint.types import Refusal, Tap
 
@@ -110,6 +111,17 @@ class Means:
     branches: dict[int, float]
 
 
+def stream_width(model: nn.Module, anatomy: Anatomy) -> int:
+    """How many features the residual stream has, from the first weight that writes to it.
+
+    Args:
+        model: The model.
+        anatomy: Of the model; a branch must have a writer.
+    """
+    made = next(writer.projection for writer in anatomy.writers if writer.block is not None)
+    return int(parameter(model, made.parameter).shape[made.output_axis])
+
+
 def measure_means(
     model: nn.Module, anatomy: Anatomy, batch: Any, forward: Callable[[nn.Module, Any], Any], norms: Sequence[str]
 ) -> Means:
@@ -126,7 +138,7 @@ def measure_means(
         The means.
     """
     found = Means({}, {}, {})
-    width = _width(anatomy)
+    width = stream_width(model, anatomy)
     for name in dict.fromkeys(block.name for block in anatomy.blocks if block.name):
         _watch(model, Tap(name, "input"), width, found.blocks, name)
     for name in norms:
@@ -139,14 +151,6 @@ def measure_means(
     with lifted():
         outputs(model, double(batch), forward)
     return found
-
-
-def _width(anatomy: Anatomy) -> int | None:
-    for name in stream_norms(anatomy).inner:
-        gain = anatomy.norms[name].gain
-        if gain is not None:
-            return gain.numel()
-    return None
 
 
 def _watch(model: nn.Module, tap: Tap, width: int | None, into: dict[Any, float], key: Any) -> None:

@@ -1,0 +1,184 @@
+"""Writing a changed model: a folder that appears when it is whole, and not before."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from setpoint import __version__
+from setpoint.errors import InputError
+from setpoint.loading.fixed import PREFIX, SCHEMA, STATEMENT, WEIGHTS, describe_base, digest, to_plain
+from setpoint.loading.quiet import quiet
+from setpoint.surgery.editing import ties
+
+if TYPE_CHECKING:
+    from setpoint.fixing.result import Fixed
+
+
+def save(fixed: Fixed, folder: Path, *, force: bool = False) -> Path:
+    """Write a model so that `setpoint.load` gives the same outputs.
+
+    Args:
+        fixed: What `setpoint.fix` returned.
+        folder: Where to; it appears at once when everything is written.
+        force: Replace a folder that an earlier fix wrote.
+
+    Returns:
+        The folder.
+
+    Raises:
+        InputError: Something is in the way, can't be written, or the model can't be described as data.
+    """
+    folder = folder.expanduser().absolute()
+    refuse_target(folder, force=force)
+    statement = _statement(fixed)
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise InputError(f"{folder.parent} can't be written to: {error.strerror or error}") from error
+    try:
+        _write_weights(fixed.model, statement, staging)
+        _write_config(fixed, statement, staging)
+        _write_processor(fixed, statement, staging)
+        _write_json(staging / STATEMENT, statement)
+        _sync(staging)
+        _move(staging, folder)
+    except OSError as error:
+        raise InputError(f"{folder} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return folder
+
+
+def refuse_target(folder: Path, *, force: bool = False) -> None:
+    """Say before hours of work that a folder can't be written.
+
+    Raises:
+        InputError: It exists (with ``force``: and is not of an earlier fix), or its parent doesn't.
+    """
+    if not folder.absolute().parent.is_dir():
+        raise InputError(f"{folder} can't be written: the folder {folder.absolute().parent} does not exist")
+    if not folder.exists():
+        return
+    if not force:
+        raise InputError(f"{folder} exists; give another name, or --force to replace it (in Python: force=True)")
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / STATEMENT).is_file()):
+        raise InputError(f"{folder} holds something that no fix wrote, so it is not replaced; give another name")
+
+
+def _statement(fixed: Fixed) -> dict[str, Any]:
+    """Everything about the model but its weights; refuses what can't be described before anything is written."""
+    edits = [plain for edit in fixed.edits if (plain := to_plain(edit)) is not None]
+    tied = ties(fixed.model)
+    parameters = dict(fixed.model.named_parameters(remove_duplicate=False))
+    return {
+        "schema_version": SCHEMA,
+        "setpoint": __version__,
+        "fixes": list(fixed.specs),
+        "task": fixed.loaded.task,
+        "source": fixed.loaded.source,
+        "base": describe_base(fixed.loaded),
+        "edits": edits,
+        "ties": tied,
+        "tensors": {
+            name: {
+                "shape": list(tensor.shape),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "buffer": name not in parameters,
+                "trained": name in parameters and tensor.requires_grad,
+                "digest": digest(tensor),
+            }
+            for name, tensor in _tensors(fixed.model).items()
+            if name not in tied
+        },
+        "change": asdict(fixed.change),
+        "notes": list(fixed.notes),
+    }
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and the buffers that belong to the state, by the names that they have as attributes."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for path, module in model.named_modules(remove_duplicate=False):
+        for key, buffer in module._buffers.items():
+            if buffer is not None and key not in module._non_persistent_buffers_set:
+                found[f"{path}.{key}" if path else key] = buffer
+    return found
+
+
+def _write_weights(model: nn.Module, statement: dict[str, Any], staging: Path) -> None:
+    from safetensors.torch import save_file
+
+    held = _tensors(model)
+    tensors = {name: held[name].detach().cpu().contiguous() for name in statement["tensors"]}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():  # the format knows no views into one storage
+        pointer = tensor.untyped_storage().data_ptr()
+        if tensor.numel() and pointer in storages:
+            tensors[name] = tensor.clone()
+        storages.add(pointer)
+    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+
+
+def _write_config(fixed: Fixed, statement: dict[str, Any], staging: Path) -> None:
+    """The original configuration; marked so that transformers refuses it if it can't express the model any more."""
+    base = statement["base"]
+    if base["kind"] != "transformers":
+        return
+    config = dict(base["config"])
+    if fixed.stock:
+        config["architectures"] = [base["class"]]
+        config["dtype"] = next((e["dtype"] for e in statement["tensors"].values() if "float" in e["dtype"]), "float32")
+    else:
+        config["model_type"] = PREFIX + str(config.get("model_type", ""))
+        # A class that is called by its own name does not look at the type, and would fill in what is missing.
+        config["dtype"] = "changed by setpoint: read this folder with setpoint.load"
+    _write_json(staging / "config.json", config)
+
+
+def _write_processor(fixed: Fixed, statement: dict[str, Any], staging: Path) -> None:
+    from setpoint.data.pictures import ImageTransform
+
+    processor = fixed.loaded.processor
+    if isinstance(processor, ImageTransform):
+        statement["image_transform"] = asdict(processor)
+    elif hasattr(processor, "save_pretrained"):
+        with quiet():
+            processor.save_pretrained(staging)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    try:
+        text = json.dumps(content, indent=1, allow_nan=True)
+    except TypeError as error:
+        raise InputError(f"the model's configuration can't be written as JSON: {error}") from error
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _sync(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+def _move(staging: Path, folder: Path) -> None:
+    staging.chmod(0o755)
+    if folder.exists():
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+        folder.rename(old / folder.name)
+        try:
+            staging.rename(folder)
+        except OSError:
+            (old / folder.name).rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        staging.rename(folder)

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from setpoint.cli import app, main
+from setpoint.testing.tiny import tiny
+
+run = CliRunner().invoke
+
+
+@pytest.fixture
+def gpt2(tmp_path: Path) -> Path:
+    """A folder with a tiny GPT-2 and a tokenizer that knows letters."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    model, _ = tiny("gpt2")
+    model.save_pretrained(tmp_path / "gpt2")
+    letters = {letter: index for index, letter in enumerate("?abcdefghijklmnopqrstuvwxyz .,")}
+    tokenizer = Tokenizer(models.WordLevel(letters, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?").save_pretrained(tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+def test_a_fixed_folder_is_checked_like_any_model(gpt2: Path, tmp_path: Path) -> None:
+    done = run(app, ["fix", str(gpt2), "--with", "pre-rmsnorm", "-o", str(tmp_path / "out"), "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert said["fixes"] == ["pre-rmsnorm"]
+    assert said["change"]["exact"][0] < 1e-9
+    assert said["change"]["perplexity"][0] == pytest.approx(said["change"]["perplexity"][1], rel=1e-4)
+    assert run(app, ["check", str(tmp_path / "out"), "--json"]).exit_code == 0
+
+
+def test_the_statement_is_printed_in_words(gpt2: Path, tmp_path: Path) -> None:
+    done = run(app, ["fix", str(gpt2), "--with", "pre-rmsnorm", "-o", str(tmp_path / "out")])
+    assert "the same: off by" in done.stdout
+    assert "perplexity" in done.stdout
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(["fix", *words])
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert message.count("\n") == 0
+    return message
+
+
+def test_an_unknown_fix_is_one_line_with_the_nearest(
+    gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(capsys, str(gpt2), "--with", "pre-rsmnorm", "-o", str(tmp_path / "out"))
+    assert "pre-rmsnorm" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "--force" in refused(capsys, "no-such-model", "--with", "pre-rmsnorm", "-o", str(tmp_path))

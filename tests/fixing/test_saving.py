@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from setpoint import fix, load
+from setpoint.errors import InputError
+from setpoint.loading import restore
+from setpoint.running import evaluated
+
+Make = Callable[..., tuple[nn.Module, Tensor]]
+
+
+def logits(model: nn.Module, batch: Tensor) -> Tensor:
+    with evaluated(model):
+        output = model(batch)
+    return output if isinstance(output, Tensor) else output.logits
+
+
+@pytest.mark.parametrize(
+    ("family", "spec"),
+    [
+        ("gpt2", "pre-rmsnorm"),
+        ("opt", "pre-rmsnorm"),
+        ("vit", "pre-rmsnorm"),
+        ("gpt2", "pre-crmsnorm:untie=true"),
+        ("vit", "pre-crmsnorm"),
+    ],
+)
+def test_what_is_saved_loads_back_to_the_same_outputs(make: Make, tmp_path: Path, family: str, spec: str) -> None:
+    model, batch = make(family)
+    fixed = fix(model, spec, [batch], timed=False)
+    folder = fixed.save(tmp_path / "out")
+    again = load(folder)
+    assert torch.equal(logits(again.model, batch), logits(fixed.model, batch))
+    assert again.task == fixed.loaded.task
+    assert again.notes == (f"changed by {spec}",)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
+
+
+def test_a_tied_head_is_tied_after_loading(make: Make, tmp_path: Path) -> None:
+    model, batch = make("gpt2")
+    folder = fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
+    again = load(folder).model
+    assert again.lm_head.weight is again.transformer.wte.weight
+
+
+def test_transformers_refuses_a_model_that_its_architecture_cannot_express(make: Make, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, batch = make("gpt2")
+    folder = fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
+    with pytest.raises(ValueError, match="setpoint-gpt2"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(AttributeError, match=r"read this folder with setpoint\.load"):
+        type(model).from_pretrained(folder)
+
+
+def test_a_model_of_ones_own_is_restored_into_ones_own_class(make: Make, tmp_path: Path) -> None:
+    model, batch = make("encoder")
+    fixed = fix(model, "pre-rmsnorm", [batch], timed=False)
+    folder = fixed.save(tmp_path / "out")
+    with pytest.raises(InputError, match=r"restore\(folder, model\)"):
+        load(folder)
+    fresh, _ = make("encoder")
+    with torch.no_grad():
+        for parameter in fresh.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(restore(folder, fresh), batch), logits(fixed.model, batch))
+
+
+def test_a_factory_is_run_only_when_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "fixture_net.py").write_text(
+        textwrap.dedent("""
+        import torch
+        from torch import nn
+
+        def build():
+            torch.manual_seed(0)
+            layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+            stack = nn.TransformerEncoder(layer, 1, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+            return nn.Sequential(nn.Linear(4, 8), stack, nn.Linear(8, 3)), [torch.randn(2, 5, 4)]
+        """)
+    )
+    monkeypatch.chdir(tmp_path)
+    fixed = fix("fixture_net:build", "pre-rmsnorm", timed=False)
+    folder = fixed.save(tmp_path / "out")
+    with pytest.raises(InputError, match="trust-code"):
+        load(folder)
+    again = load(folder, trust_code=True).model
+    batch = torch.randn(2, 5, 4)
+    assert torch.equal(logits(again, batch), logits(fixed.model, batch))
+
+
+def test_an_existing_folder_is_left_alone(make: Make, tmp_path: Path) -> None:
+    model, batch = make("encoder")
+    fixed = fix(model, "pre-rmsnorm", [batch], timed=False)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match="--force"):
+        fixed.save(mine)
+    with pytest.raises(InputError, match="no fix wrote"):
+        fixed.save(mine, force=True)
+    assert (mine / "thesis.tex").read_text() == "years of work"
+
+
+def test_force_replaces_what_an_earlier_fix_wrote(make: Make, tmp_path: Path) -> None:
+    model, batch = make("gpt2")
+    folder = fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
+    other = fix(model, "pre-crmsnorm:untie=true", [batch], timed=False)
+    other.save(folder, force=True)
+    assert load(folder).notes == ("changed by pre-crmsnorm:untie=true",)
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_missing_parent_is_named(make: Make, tmp_path: Path) -> None:
+    model, batch = make("encoder")
+    with pytest.raises(InputError, match="does not exist"):
+        fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "no" / "out")
+
+
+def test_tampered_weights_are_refused(make: Make, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    model, batch = make("gpt2")
+    folder = fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.ln_f.weight"] += 1
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"transformer\.ln_f\.weight was changed"):
+        load(folder)
+
+
+@pytest.mark.parametrize("damage", ["{", '{"schema_version": 99}', '{"schema_version": 1}', "[]"])
+def test_a_damaged_statement_is_a_clear_error(make: Make, tmp_path: Path, damage: str) -> None:
+    model, batch = make("gpt2")
+    folder = fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
+    (folder / "setpoint.json").write_text(damage)
+    with pytest.raises(InputError, match=r"setpoint\.json"):
+        load(folder)
+
+
+def test_a_statement_cannot_name_code_outside_setpoint_and_torch(make: Make, tmp_path: Path) -> None:
+    model, batch = make("gpt2")
+    folder = fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
+    statement = json.loads((folder / "setpoint.json").read_text())
+    statement["edits"][0] = {"path": "transformer.wte", "build": "os:system", "arguments": {"command": "echo"}}
+    (folder / "setpoint.json").write_text(json.dumps(statement))
+    with pytest.raises(InputError, match="classes of setpoint and torch"):
+        load(folder)
+
+
+def test_a_kill_while_writing_leaves_no_half_folder(tmp_path: Path) -> None:
+    script = textwrap.dedent("""
+        import os, signal, sys
+        import torch
+        from torch import nn
+        from setpoint import fix
+        from setpoint.fixing import saving
+        saving._write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        stack = nn.TransformerEncoder(layer, 1, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+        model = nn.Sequential(nn.Linear(4, 8), stack, nn.Linear(8, 3))
+        fix(model, "pre-rmsnorm", [torch.randn(2, 5, 4)], timed=False).save(sys.argv[1])
+    """)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], env=os.environ, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
