@@ -15,15 +15,20 @@ if TYPE_CHECKING:
     from setpoint.checkup import check
     from setpoint.fixing import fix
     from setpoint.loading import load
+    from setpoint.proving import prove, results
     from setpoint.report import Report, diff
+    from setpoint.report.proof import Proof
 
-__all__ = ["Report", "__version__", "check", "diff", "fix", "load", "methods"]
+__all__ = ["Proof", "Report", "__version__", "check", "diff", "fix", "load", "methods", "prove", "results"]
 
 _HOME = {
     "check": "setpoint.checkup",
     "fix": "setpoint.fixing",
     "load": "setpoint.loading",
     "methods": "setpoint.catalog",
+    "prove": "setpoint.proving",
+    "results": "setpoint.proving",
+    "Proof": "setpoint.report.proof",
     "Report": "setpoint.report",
     "diff": "setpoint.report",
 }

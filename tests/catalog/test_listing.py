@@ -6,7 +6,8 @@ from dataclasses import replace
 from rich.console import Console, RenderableType
 
 from setpoint.catalog.listing import as_json, import_line, render_list, render_method, shell_form
-from setpoint.types import Item, Method
+from setpoint.report.proof import Proof
+from setpoint.types import Better, Claim, Interval, Item, Judgement, Method, StudyResult
 
 CHECK = Item(
     id="near-names",
@@ -64,8 +65,12 @@ def test_show_tells_how_an_item_is_called() -> None:
 
 
 def test_show_gives_the_last_result_of_a_proof() -> None:
-    proven = replace(METHOD, proof="near", result={"verdict": "holds", "effect": 0.123456, "interval": [0.1, 0.2]})
-    assert "near: verdict holds, effect 0.1235, interval [0.1, 0.2]" in text(render_method(proven))
+    claim = Claim("it is nearer", Better(0.1), "distance", "near", "far", unit="km")
+    judgement = Judgement(claim, "holds", "", Interval(0.123456, 0.1, 0.2, 0.11, 0.19, 5))
+    proof = Proof("near", "laptop", (StudyResult("walk", "Is it near?", (judgement,), (), "seed", (0, 1), {}),))
+    shown = text(render_method(replace(METHOD, proof="near", result=json.loads(proof.to_json()))))
+    assert "holds      it is nearer  +0.1235 km [+0.1 km to +0.2 km]" in shown
+    assert "laptop budget" in shown
     assert "setpoint prove near" in text(render_method(replace(proven, result=None)))
 
 

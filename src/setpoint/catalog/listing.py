@@ -141,21 +141,15 @@ def _indented(renderable: RenderableType) -> Padding:
     return Padding(renderable, (0, 0, 0, 2))
 
 
-def _proof(method: Method) -> str:
+def _proof(method: Method) -> Text | str:
     if method.proof == "none":
         return "none of its own; tests hold its code to the definition"
     if method.result is None:
         return f"{method.proof}: not run yet; run `setpoint prove {method.key}`"
-    figures = ", ".join(f"{name} {_figure(value)}" for name, value in method.result.items())
-    return f"{method.proof}: {figures}"
+    from setpoint.report.proof import Proof
+    from setpoint.report.proof_terminal import summary
 
-
-def _figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    if isinstance(value, list):
-        return "[" + ", ".join(map(_figure, value)) + "]"
-    return str(value)
+    return summary(Proof.from_json(method.result))
 
 
 def _plain(method: Method) -> dict[str, Any]:

@@ -66,17 +66,16 @@ def _part(study: StudyResult, index: int) -> _Part:
 
 def _curve(name: str, arms: Sequence[ArmResult], id_: str) -> Figure:
     """One line per arm with the range of its replicates."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"x": x, "y": mean, "low": low, "high": high, "s": arm.name}
         for arm in arms
         for band in arm.curves
         if band.name == name
         for x, mean, low, high in zip(band.x, band.mean, band.low, band.high, strict=True)
     ]
-    ys = [value for row in rows for value in (row["low"], row["high"])]
-    xs = [row["x"] for row in rows]
-    y_scale = _scale([float(y) for y in ys])
-    x_scale = alt.Scale(type="log", nice=False) if _geometric(sorted(set(map(float, xs)))) else alt.Scale(nice=False)
+    y_scale = _scale([value for row in rows for value in (row["low"], row["high"])])
+    log = _geometric(sorted({row["x"] for row in rows}))
+    x_scale = alt.Scale(type="log", nice=False) if log else alt.Scale(nice=False)
     colour = alt.Color("s:N", title=None, sort=None, legend=alt.Legend(orient="top"))
     what, _, over = name.partition(" over ")
     across = over or "step"
@@ -104,15 +103,11 @@ def _effect(judgement: Judgement, id_: str) -> Figure | None:
     if effect is None:
         return None
     ratio = claim.scale == "ratio"
-    shown = (lambda value: 1 + value) if ratio else (lambda value: value)  # a ratio is drawn as a factor, around 1
+    none = 1.0 if ratio else 0.0  # a ratio is drawn as a factor, around 1
+    spans = {"Student t": (effect.low, effect.high), "bootstrap": (effect.bootstrap_low, effect.bootstrap_high)}
     rows: list[dict[str, Any]] = [
-        {"kind": "Student t", "low": shown(effect.low), "high": shown(effect.high), "mid": shown(effect.estimate)},
-        {
-            "kind": "bootstrap",
-            "low": shown(effect.bootstrap_low),
-            "high": shown(effect.bootstrap_high),
-            "mid": shown(effect.estimate),
-        },
+        {"kind": kind, "low": none + low, "high": none + high, "mid": none + effect.estimate}
+        for kind, (low, high) in spans.items()
     ]
     each = {pair.replicate: _each(judgement, pair) for pair in judgement.pairs}
     rows += [{"kind": "replicates", "v": value, "at": at} for at, value in each.items() if value is not None]
@@ -123,7 +118,7 @@ def _effect(judgement: Judgement, id_: str) -> Figure | None:
     y = alt.Y("kind:N", title=None, sort=None, axis=alt.Axis(ticks=False, domain=False))
     layers = [
         alt.Chart().mark_rect(style="zone").encode(x=alt.X(datum=low, type="quantitative"), x2=alt.datum(high)),
-        alt.Chart().mark_rule(style="none").encode(x=alt.datum(1.0 if ratio else 0.0)),
+        alt.Chart().mark_rule(style="none").encode(x=alt.datum(none)),
         alt.Chart().transform_filter("isValid(datum.low)").mark_rule(strokeWidth=3).encode(x=x, x2="high:Q", y=y),
         alt.Chart()
         .transform_filter("isValid(datum.mid)")

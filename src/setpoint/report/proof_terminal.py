@@ -45,6 +45,24 @@ def proof_lines(proof: Proof) -> Iterator[RenderableType]:
     yield Text.assemble(("again: ", "dim"), proof.command)
 
 
+def summary(proof: Proof) -> Text:
+    """A proof in a few lines: its claims with verdict, effect and interval, and where it was run."""
+    lines = []
+    for judgement in proof.judgements:
+        claim, effect = judgement.claim, judgement.effect
+        figure = "" if effect is None else f"  {amount_of(claim, effect.estimate, signed=True)}"
+        span = "" if effect is None else f" [{span_of(claim, effect)}]"
+        lines.append(
+            Text.assemble(
+                (f"{judgement.verdict:<9}", STYLES[judgement.verdict]), "  ", claim.text, figure, (span, "dim")
+            )
+        )
+    where = [f"{proof.budget} budget", proof.date[:10], proof.machine.get("processor", "")]
+    where += [f"torch {version}" if (version := proof.versions.get("torch")) else "", f"`{proof.command}`"]
+    lines.append(Text(" · ".join(filter(None, where)), style="dim"))
+    return Text("\n").join(lines)
+
+
 def _replicates(study: StudyResult) -> str:
     return plural(len(study.replicates), study.replicate)
 

@@ -2,6 +2,7 @@
 
 from setpoint.testing.layer import LAYER_CHECKS, check_layer
 from setpoint.testing.probe import ConformanceError, check_probe, restrict
+from setpoint.testing.study import check_study
 from setpoint.testing.traces import ailing_traces, convolutional_trace, empty_trace, healthy_trace
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "ailing_traces",
     "check_layer",
     "check_probe",
+    "check_study",
     "convolutional_trace",
     "empty_trace",
     "healthy_trace",

@@ -11,13 +11,14 @@ import random
 import shutil
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from setpoint.errors import InputError
-from setpoint.studies.declare import Budget, Context, Study
+from setpoint.studies.declare import Arm, Budget, Context, Study
 from setpoint.studies.engine.store import RunKey, Status
 from setpoint.studies.registry import find_studies
 from setpoint.types.proving import Outcome
@@ -82,7 +83,7 @@ def execute(task: Task, report: Report) -> Finished:
             folder=task.scratch,
             progress=report,
         )
-        finished = _measured(study, task, budget, ctx)
+        finished = run_once(study, study.arm(task.key.arm), task.key.setting, task.key.seed, budget, ctx, task.threads)
     except Exception as error:
         return Finished("failed", error=_words(error))
     shutil.rmtree(task.scratch, ignore_errors=True)
@@ -102,19 +103,29 @@ def budget_of(study: Study, key: RunKey) -> Budget:
     return budget
 
 
-def _measured(study: Study, task: Task, budget: Budget, ctx: Context) -> Finished:
-    key = task.key
-    with _seeded(key.seed, task.threads):
-        _reset_peak(task.device)
+def run_once(
+    study: Study, arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budget, ctx: Context, threads: int = 1
+) -> Finished:
+    """Seed everything, run one arm, and measure time and memory.
+
+    Args:
+        study, arm, setting, seed, budget, ctx: What is run.
+        threads: Threads that torch may use.
+
+    Returns:
+        ``done`` or ``diverged``; any other error is raised.
+    """
+    with _seeded(seed, threads):
+        _reset_peak(ctx.device)
         start = time.perf_counter()
         try:
-            outcome = study(study.arm(key.arm), key.setting, key.seed, budget, ctx)
+            outcome = study(arm, setting, seed, budget, ctx)
         except FloatingPointError as error:
             cost = {"seconds": time.perf_counter() - start}
             return Finished("diverged", Outcome({}, cost=cost), str(error) or type(error).__name__)
         seconds = time.perf_counter() - start
     _check(study, outcome)
-    cost = {"seconds": seconds, "memory": float(_peak(task.device)), **outcome.cost}
+    cost = {"seconds": seconds, "memory": float(_peak(ctx.device)), **outcome.cost}
     outcome = replace(outcome, cost=cost)
     lost = [name for name, value in outcome.metrics.items() if not abs(value) < float("inf")]
     return Finished("diverged" if lost else "done", outcome, f"not finite: {', '.join(lost)}" if lost else "")

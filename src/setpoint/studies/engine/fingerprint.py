@@ -108,23 +108,21 @@ def _statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 @cache
 def _defining(module: str, name: str) -> tuple[str, ...]:
-    """Where ``from module import name`` leads: a submodule, or the module that defines the name."""
+    """Where ``from module import name`` leads: a submodule, the module that defines the name, or out of setpoint."""
     if _exists(f"{module}.{name}"):
         return (f"{module}.{name}",)
     path = _file(module)
-    if path.name != "__init__.py":
-        return (module,)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in _statements(_tree(path)):
         if isinstance(node, ast.ImportFrom):
-            source = _absolute(node, module)
+            source = _absolute(node, package)
             for alias in node.names:
-                if (alias.asname or alias.name) == name and _inside(source) and source != module:
-                    return _defining(source, alias.name)
+                if (alias.asname or alias.name) == name and source != module:
+                    return _defining(source, alias.name) if _inside(source) else ()
         elif isinstance(node, ast.Dict):  # a package that loads its names on first use has a table of them
             for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == name and isinstance(value, ast.Constant):
-                    home = str(value.value)
-                    if _inside(home) and _exists(home):
+                match key, value:
+                    case ast.Constant(value=entry), ast.Constant(value=str(home)) if entry == name and _inside(home):
                         return _defining(home, name)
     return (module,)
 

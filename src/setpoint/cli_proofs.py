@@ -1,0 +1,231 @@
+"""``setpoint prove`` and ``setpoint results``. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from setpoint.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import TaskID
+
+    from setpoint.proving import StoredProof
+    from setpoint.report.proof import Proof
+    from setpoint.studies.engine.schedule import Event, Progress
+
+
+class BudgetName(StrEnum):
+    """Budgets as the shell takes them."""
+
+    smoke = "smoke"
+    laptop = "laptop"
+    full = "full"
+
+
+class ExecutorName(StrEnum):
+    """Executors as the shell takes them."""
+
+    local = "local"
+    ray = "ray"
+
+
+Store = Annotated[Path | None, typer.Option(help="File that holds the runs.", show_default=False)]
+Html = Annotated[Path | None, typer.Option(help="Write the page to this file.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add the commands to the shell."""
+    app.command()(prove)
+    app.command()(results)
+
+
+def prove(
+    key: Annotated[
+        str | None, typer.Argument(help="A method's key, or a Python file that declares studies.", show_default=False)
+    ] = None,
+    all_: Annotated[bool, typer.Option("--all", help="Every method that has studies, one after the other.")] = False,
+    budget: Annotated[
+        BudgetName, typer.Option(help="smoke: seconds; laptop: minutes on two cores; full: a GPU.")
+    ] = BudgetName.laptop,
+    seeds: Annotated[int | None, typer.Option(help="Replicates of each arm.", show_default="as the study says")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Run the same comparison on this corpus.", show_default=False)
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(help="Runs at a time.", show_default="one per core")] = None,
+    executor: Annotated[ExecutorName, typer.Option(help="Where runs are done.")] = ExecutorName.local,
+    tune: Annotated[bool, typer.Option("--tune", help="Tune here, even if the package has settings.")] = False,
+    threads: Annotated[int, typer.Option(help="Threads of each run.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps.")] = "cpu",
+    html: Html = None,
+    json: AsJson = False,
+    store: Store = None,
+    store_result: Annotated[bool, typer.Option("--store-result", hidden=True)] = False,
+) -> None:
+    """Run KEY's proof, baseline against method, and say whether its claims hold."""
+    if (key is None) != all_:
+        raise InputError("give a method's key, or --all (and not both); `setpoint list` shows the keys")
+    if html is not None and (all_ or not html.absolute().parent.is_dir()):
+        raise InputError("a page is written for one method, into a folder that exists; give KEY and --html FILE")
+    from setpoint.proving import prove as run
+    from setpoint.studies.engine.shipped import store_result as keep
+    from setpoint.studies.registry import study_keys
+
+    failed = []
+    for name in study_keys() if all_ else (str(key),):
+        try:
+            with _progress() as show:
+                proof = run(
+                    name,
+                    budget=budget.value,
+                    seeds=seeds,
+                    data=data,
+                    jobs=jobs,
+                    executor=executor.value,
+                    tune=tune,
+                    threads=threads,
+                    device=device,
+                    store=store,
+                    progress=show,
+                )
+        except InputError as error:
+            if not all_:
+                raise
+            failed.append(f"{name}: {error}")
+            continue
+        if store_result:
+            keep(proof)
+        _show(proof, json=json, html=html)
+    if failed:
+        raise InputError(f"{len(failed)} of the proofs could not be run: " + "; ".join(failed))
+
+
+def results(
+    key: Annotated[
+        str | None, typer.Argument(help="Show this method's newest proof in full.", show_default=False)
+    ] = None,
+    html: Html = None,
+    json: AsJson = False,
+    store: Store = None,
+) -> None:
+    """List what was proved on this machine; nothing is run."""
+    from setpoint.proving import results as find
+
+    if key is None and html is not None:
+        raise InputError("a page is written for one method; give KEY")
+    found = find(key, store=store)
+    if key is not None:
+        if not found:
+            raise InputError(f"nothing is stored for {key!r}; run `setpoint prove {key}`")
+        if found[0].stale:
+            print("setpoint: stale: code or versions have changed since; prove it again", file=sys.stderr)
+        _show(found[0].proof, json=json, html=html)
+    elif json:
+        sys.stdout.write("[" + ", ".join(entry.proof.to_json(curves=False) for entry in found) + "]\n")
+    elif not found:
+        _console().print("Nothing was proved here yet; run `setpoint prove KEY`.")
+    else:
+        _table(found)
+
+
+def _show(proof: Proof, *, json: bool, html: Path | None) -> None:
+    if html is not None:
+        proof.to_html(html)
+    if json:
+        sys.stdout.write(proof.to_json() + "\n")
+        return
+    _console().print(proof)
+    if html is not None:
+        _console().print(f"page: {html}", soft_wrap=True)
+
+
+def _table(found: list[StoredProof]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from setpoint.report.proof_terminal import STYLES
+    from setpoint.report.proof_words import amount_of, span_of
+
+    table = Table("method", "budget", "verdict", "effect", "claim", "date", "", box=None, padding=(0, 2, 0, 0))
+    for entry in found:
+        proof = entry.proof
+        for i, judgement in enumerate(proof.judgements):
+            claim, effect = judgement.claim, judgement.effect
+            figure = (
+                "–"
+                if effect is None
+                else f"{amount_of(claim, effect.estimate, signed=True)} [{span_of(claim, effect)}]"
+            )
+            first = i == 0
+            table.add_row(
+                Text(proof.method, style="bold") if first else "",
+                proof.budget if first else "",
+                Text(judgement.verdict, style=STYLES[judgement.verdict]),
+                Text(figure),
+                Text(claim.text),
+                proof.date[:10] if first else "",
+                Text("stale" if entry.stale else "", style="yellow") if first else "",
+            )
+    _console().print(table)
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """One bar over all runs and one for each run that is going on; a line per ended run where there is no terminal."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = _console(stderr=True)
+    if not console.is_terminal:
+        yield _line
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[text]}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as bars:
+        overall = bars.add_task("starting", total=None, text="")
+        going: dict[str, TaskID] = {}
+
+        def show(event: Event) -> None:
+            bars.update(overall, description=event.stage, completed=event.finished, total=event.runs, text="")
+            if not event.run:
+                bars.update(overall, text=event.text)
+            elif event.status:
+                if event.run in going:
+                    bars.remove_task(going.pop(event.run))
+            else:
+                if event.run not in going:
+                    going[event.run] = bars.add_task(f"  {event.run}", total=None, text="")
+                bars.update(going[event.run], completed=event.done, total=event.total or None, text=event.text)
+
+        yield show
+
+
+def _line(event: Event) -> None:
+    if event.status and event.text != "stored":
+        print(f"{event.stage}: {event.finished} of {event.runs}, {event.run}: {event.status}", file=sys.stderr)
