@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from setpoint import __version__, cli_fix, cli_proofs
+from setpoint import __version__, cli_fix
 from setpoint.cli_data import app as data_app
 from setpoint.errors import InputError
 
@@ -33,7 +33,6 @@ models_app = typer.Typer(no_args_is_help=True, help="Models that packages ship: 
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 cli_fix.add_to(app)
-cli_proofs.add_to(app)
 
 
 class SeverityName(StrEnum):
