@@ -86,11 +86,16 @@ class ParameterWatch:
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
-        """Hook every parameter that can have a gradient."""
+        """Be ready to `watch`."""
+        return self
+
+    def watch(self) -> None:
+        """Hook every parameter that can have a gradient; due at the first pass that has a graph, idle later."""
+        if self._handles:
+            return
         for name, parameter in self._named.items():
             if parameter.requires_grad and parameter.is_leaf:
                 self._handles.append(parameter.register_post_accumulate_grad_hook(self._note(name)))  # type: ignore[no-untyped-call]
-        return self
 
     def __exit__(self, *_: object) -> None:
         """Remove the hooks."""

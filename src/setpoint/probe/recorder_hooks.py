@@ -13,7 +13,7 @@ which break models that write ``y += x``.
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
@@ -127,8 +127,7 @@ class Recorder:
             for name, sites in self._taps.items():
                 for handle in self._hook(name, sites):
                     stack.callback(handle.remove)
-            if self._follows_gradients:
-                stack.enter_context(self._parameters)
+            stack.enter_context(self._parameters)
             stack.callback(self._settle)
             self._stack = stack.pop_all()
         return self
@@ -243,6 +242,8 @@ class Recorder:
         if not in_backward():
             self._inputs.arrive(args, kwargs)
             self._next_pass()
+            if self._follows_gradients and torch.is_grad_enabled():
+                self._parameters.watch()
 
     def _next_pass(self) -> None:
         self._settle()
@@ -342,6 +343,7 @@ class Recorder:
         if Stat.GRADIENT not in statistics.wanted or not tensor.requires_grad:
             return
         self._inputs.followed.add(site.name)
+        self._parameters.watch()
 
         def arrived(gradient: Tensor) -> None:
             with quiet(gradient.device):
@@ -442,7 +444,7 @@ def _needs_at(needs: Needs, role: SiteRole) -> Collection[Stat]:
 
 def _refuse_bad_sites(sites: Sequence[Site], modules: Mapping[str, nn.Module]) -> None:
     names = [site.name for site in sites]
-    doubled = sorted({name for name in names if names.count(name) > 1})
+    doubled = sorted(name for name, count in Counter(names).items() if count > 1)
     if doubled:
         raise InputError(f"Two sites are called {doubled[0]!r}. Give each site a name of its own.")
     for site in sites:

@@ -37,6 +37,8 @@ from setpoint.types import Stat
 PER_CHANNEL = frozenset({Stat.CHANNELS, Stat.PEAKS})
 _TINY = 1e-6
 _CENTRED = 0.9
+_PIECE = 1 << 18
+_SAMPLE = 1 << 15
 
 
 @dataclass(slots=True)
@@ -114,17 +116,15 @@ def settle_chunk(wanted: frozenset[Stat], per_row: bool, space: Workspace, momen
     return Chunk(moments, channels, to_numpy(space.rows[0]) if per_row else None)
 
 
-def reduce_plainly(x: Tensor, space: Workspace) -> Moments:
+def reduce_plainly(x: Tensor) -> Moments:
     """Mean, variance and extremes of a chunk without a square being written: all that `Stat.MOMENTS` alone needs.
 
     Args:
         x: Shape ``(rows, width)``, float32, contiguous; what stands in rows and columns does not matter.
-        space: Its workspace.
     """
     lowest, highest = torch.aminmax(x)
-    torch.mm(space.ones, x, out=space.parts[0])
     norms = torch.linalg.vector_norm(x, dim=1)  # by row, so that a huge entry costs its own row's digits only
-    s1, s2 = float(to_numpy(space.parts[0]).sum()), float(np.square(to_numpy(norms)).sum())
+    s1, s2 = float(to_numpy(x.sum(1)).sum()), float(np.square(to_numpy(norms)).sum())
     minimum, maximum = float(lowest), float(highest)
     mean_square = s2 / x.numel()
     if not math.isfinite(s2) or (mean_square < _TINY**2 and minimum < maximum):
@@ -135,6 +135,68 @@ def reduce_plainly(x: Tensor, space: Workspace) -> Moments:
         sums = (float(y.sum()), float(y.square_().sum()), 0.0, 0.0)
         return Moments.from_sums(x.numel(), sums, minimum, maximum, shift)
     return Moments.from_sums(x.numel(), (s1, s2, 0.0, 0.0), minimum, maximum)
+
+
+@dataclass(slots=True)
+class Columns:
+    """Per-channel reductions that read the values and write nothing of their size; `settle` turns them into sums.
+
+    Args:
+        rows: How many rows were reduced.
+        mean, variance: Shape ``(channels,)``, the variance about the channel's own mean and biased.
+        top, bottom: Shape ``(channels,)``: extremes.
+    """
+
+    rows: int
+    mean: Tensor
+    variance: Tensor
+    top: Tensor
+    bottom: Tensor
+
+    def settle(self) -> Chunk:
+        """Moments over all values and sums per channel, in float64."""
+        rows = float(self.rows)
+        mean, high, low = to_numpy(self.mean), to_numpy(self.top), to_numpy(self.bottom)
+        total, squares = mean * rows, (to_numpy(self.variance) + mean * mean) * rows
+        sums = (float(total.sum()), float(squares.sum()), 0.0, 0.0)
+        moments = Moments.from_sums(self.rows * len(mean), sums, float(low.min()), float(high.max()))
+        channels = Channels(np.full(len(mean), rows), total, squares, np.maximum(high, -low))
+        return Chunk(moments, channels, None)
+
+
+def launch_columns(x: Tensor) -> Columns | None:
+    """Reduce a chunk by column, for sites that need neither row norms nor powers of single values.
+
+    The kernel behind batch norm's statistics takes mean and variance in two reads, at the price of one matrix product
+    and without a square that would have to be written, and cannot cancel within a channel.
+
+    Args:
+        x: Shape ``(rows, channels)``, float32, contiguous.
+
+    Returns:
+        The reductions; None where float32 does not hold them or where the mean over all channels hides the variance.
+    """
+    top, bottom = torch.amax(x, 0), torch.amin(x, 0)
+    mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+    width = len(mean)
+    square = (float(variance.sum()) + float(torch.dot(mean, mean))) / width
+    if not _TINY**2 < square < math.inf or abs(float(mean.sum())) > _CENTRED * width * math.sqrt(square):
+        return None
+    return Columns(len(x), mean, variance, top, bottom)
+
+
+def holds_zero(x: Tensor, scratch: Scratch) -> bool:
+    """Whether any value may be zero; a value whose square vanishes in float32 counts as one, and a NaN too.
+
+    Looks at pieces whose square stays in the processor's cache, and stops at the first that holds one.
+    """
+    step = max(1, _PIECE // max(x.shape[1], 1))
+    for start in range(0, len(x), step):
+        piece = x[start : start + step]
+        square = torch.mul(piece, piece, out=scratch.take("piece", piece))
+        if not float(square.amin()) > 0.0:
+            return True
+    return False
 
 
 def reduce_carefully(x: Tensor, wanted: frozenset[Stat], per_row: bool) -> Chunk:
@@ -155,18 +217,45 @@ def reduce_carefully(x: Tensor, wanted: frozenset[Stat], per_row: bool) -> Chunk
     return Chunk(moments, channels, row_squares)
 
 
-def count_magnitudes(square: Tensor, scratch: Scratch) -> Tensor:
-    """Histogram, as `Magnitudes` keeps it, of magnitudes given by their float32 squares, none of them NaN."""
-    bins = scratch.flat("bins", square.numel(), square, torch.int32)
-    torch.bitwise_right_shift(square.view(torch.int32).view(-1), 23 - MANTISSA_BITS, out=bins)
-    return torch.bincount(bins, minlength=BINS)
+def count_magnitudes(square: Tensor, scratch: Scratch) -> tuple[Tensor, int]:
+    """Histogram, as `Magnitudes` keeps it, of magnitudes given by their float32 squares, none of them NaN.
+
+    Of many values, every so manieth is counted, at least 32 768 of them: counting all would cost as much as all other
+    statistics of the site together.
+
+    Args:
+        square: Shape ``(rows, channels)``, contiguous.
+        scratch: Buffers.
+
+    Returns:
+        Counts by bin, and the stride between the values that were counted.
+    """
+    stride = sample_stride(square.numel(), square.shape[1])
+    bits = square.view(torch.int32).view(-1)[::stride]
+    bins = scratch.flat("bins", bits.numel(), square, torch.int32)
+    torch.bitwise_right_shift(bits, 23 - MANTISSA_BITS, out=bins)
+    return torch.bincount(bins, minlength=BINS), stride
 
 
-def settle_magnitudes(counts: Tensor) -> Magnitudes:
+def sample_stride(size: int, width: int) -> int:
+    """The largest stride through ``size`` values that leaves a sample and visits every one of ``width`` columns.
+
+    >>> sample_stride(512 * 576, 576), sample_stride(20_000, 576)
+    (7, 1)
+    """
+    stride = max(size // _SAMPLE, 1)
+    while math.gcd(stride, width) > 1:
+        stride -= 1
+    return stride
+
+
+def settle_magnitudes(counts: Tensor, stride: int) -> Magnitudes:
     """The histogram without what was infinite once squared."""
     found = counts.cpu().numpy()
     found[255 << MANTISSA_BITS :] = 0
-    return Magnitudes(found)
+    if stride == 1:
+        return Magnitudes(found)
+    return Magnitudes(found * stride, sampled=float(found.sum()) * stride**2)
 
 
 def flagged_columns(x: Tensor, space: Workspace, size: int) -> tuple[Tensor, Tensor]:
@@ -184,13 +273,14 @@ def largest_entries(columns: Array, order: Array, size: int) -> Array:
         order: Shape ``(flagged,)``: the channel of each.
         size: How many.
     """
-    magnitudes = np.where(np.isfinite(columns), np.abs(columns), -1.0).ravel()
-    size = min(size, magnitudes.size)
-    found = np.argpartition(-magnitudes, size - 1)[:size]
-    found = found[magnitudes[found] >= 0.0]
-    found = found[np.argsort(-magnitudes[found], kind="stable")]
-    row, column = np.divmod(found, len(order))
-    return np.stack((columns.ravel()[found], row, order[column]), 1)
+    magnitudes = np.abs(columns)
+    magnitudes[~np.isfinite(magnitudes)] = -1.0
+    # Each column's largest entry is one of at least so many that reach the smallest of them.
+    floor = magnitudes.max(0).min() if len(order) >= size else 0.0
+    row, column = np.nonzero(magnitudes >= max(floor, 0.0))
+    best = np.argsort(-magnitudes[row, column], kind="stable")[:size]
+    row, column = row[best], column[best]
+    return np.stack((columns[row, column], row, order[column]), 1)
 
 
 def sum_of_squares(values: Tensor) -> float:

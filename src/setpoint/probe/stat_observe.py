@@ -13,11 +13,14 @@ from torch import Tensor
 
 from setpoint.probe.stat_kernels import (
     Chunk,
+    Columns,
     about_the_mean,
     count_magnitudes,
     flagged_columns,
+    holds_zero,
     largest_entries,
     launch_chunk,
+    launch_columns,
     reduce_carefully,
     reduce_plainly,
     settle_chunk,
@@ -29,6 +32,7 @@ from setpoint.types import Stat
 
 _PER_ROW = frozenset({Stat.COSINE, Stat.STEP})
 _PLAIN = frozenset({Stat.MOMENTS, Stat.GRADIENT})
+_BY_COLUMN = _PLAIN | {Stat.CHANNELS, Stat.ZEROS}
 _SHORTEST = 1e-38
 """Squared norm below which a token vector has no direction."""
 
@@ -71,7 +75,7 @@ class _Waiting:
     places: range | Tensor
     chunk: Chunk | None = None
     moments: Moments | None = None
-    counts: Tensor | None = None
+    counts: tuple[Tensor, int] | None = None
     magnitudes: Array | None = None
     flagged: tuple[Tensor, Tensor] | None = None
     directions: Tensor | None = None
@@ -126,6 +130,8 @@ def observe(
         stop = min(start + step, count)
         chosen = None if keep is None else keep[start:stop]
         x = _load(values, start, stop, chosen, "values", scratch)
+        if wanted <= _BY_COLUMN and not groups and _observe_columns(x, statistics, scratch, later):
+            continue
         space = scratch.workspace(x)
         places = range(start, stop) if chosen is None else chosen
         waiting = _launch(x, places, statistics, space, scratch, per_row)
@@ -162,9 +168,28 @@ def _observe_plainly(values: Tensor, statistics: SiteStatistics, scratch: Scratc
     step = chunk_rows(width, values.device)
     for start in range(0, len(values), step):
         x = _load(values, start, min(start + step, len(values)), None, "values", scratch)
+        statistics.moments.add(reduce_plainly(x))
+
+
+def _observe_columns(
+    x: Tensor, statistics: SiteStatistics, scratch: Scratch, later: list[Callable[[], None]] | None
+) -> bool:
+    """A chunk of a site whose statistics are all sums and extremes by column; False if it can't be taken that way."""
+    columns = launch_columns(x) if x.device.type == "cpu" else None
+    if columns is None:
+        return False
+    active: Tensor | float = float(len(x))
+    if Stat.ZEROS in statistics.wanted and holds_zero(x, scratch):
         space = scratch.workspace(x)
-        statistics.moments.add(reduce_plainly(x, space))
+        torch.ne(x, 0, out=space.square)
+        active = torch.mm(space.ones, space.square)[0]
         scratch.release(space)
+    settle = partial(_settle_columns, columns, active, statistics)
+    if later is None:
+        settle()
+    else:
+        later.append(settle)
+    return True
 
 
 def _load(values: Tensor, start: int, stop: int, chosen: Tensor | None, name: str, scratch: Scratch) -> Tensor:
@@ -227,8 +252,7 @@ def _launch_step(x: Tensor, before: Tensor, known: Tensor | None, waiting: _Wait
         known = space.rows[3]
     waiting.given = known
     torch.sub(x, before, out=space.square)
-    space.square.mul_(space.square)
-    torch.mm(space.square, space.column, out=space.rows[2].unsqueeze(1))
+    torch.linalg.vector_norm(space.square, dim=1, out=space.rows[2])
 
 
 # -- after the pass: arithmetic on small results -----------------------------------------------------------------------
@@ -249,7 +273,7 @@ def _settle(
     if chunk.channels is not None:
         statistics.add_channels(chunk.channels)
     if waiting.counts is not None:
-        statistics.add_magnitudes(settle_magnitudes(waiting.counts))
+        statistics.add_magnitudes(settle_magnitudes(*waiting.counts))
     if (
         waiting.magnitudes is not None
         and statistics.magnitudes is not None
@@ -271,11 +295,24 @@ def _settle(
             for total, count in zip(sums, tokens.tolist(), strict=True):
                 statistics.add_cosine(float(total @ total), count)
         if waiting.given is not None:
-            angles = _settle_step(chunk.row_squares, to_numpy(waiting.given), to_numpy(space.rows[2]), statistics)
+            taken = np.square(to_numpy(space.rows[2]))
+            angles = _settle_step(chunk.row_squares, to_numpy(waiting.given), taken, statistics)
         for name, mask in waiting.inside.items():
             group = statistics.groups.setdefault(name, Group())
             _settle_group(group, chunk.row_squares, angles, mask.cpu().numpy())
     scratch.release(space)
+
+
+def _settle_columns(columns: Columns, active: Tensor | float, statistics: SiteStatistics) -> None:
+    chunk = columns.settle()
+    statistics.tokens += columns.rows
+    statistics.moments.add(chunk.moments)
+    if chunk.channels is not None and Stat.CHANNELS in statistics.wanted:
+        statistics.add_channels(chunk.channels)
+    if Stat.ZEROS in statistics.wanted:
+        width = len(columns.mean)
+        found = to_numpy(active) if isinstance(active, Tensor) else np.full(width, active)
+        statistics.add_active(found, columns.rows * width)
 
 
 def _settle_step(squares: Array, given: Array, taken: Array, statistics: SiteStatistics) -> Array:

@@ -39,7 +39,7 @@ class Workspace:
         parts: Its rows; those of sums and counts of shape ``(1, width)``.
         scalars: Shape ``(4,)``: sums of x to the powers 1 to 4; ``low`` (of shape ``(2, 1)``), ``third`` and
             ``fourth`` are its parts.
-        rows: Shape ``(4, rows)``: squared norms, their inverse roots, squared norms of the step and of its start.
+        rows: Shape ``(4, rows)``: squared norms, their inverse roots, norms of the step, squared norms of its start.
     """
 
     square: Tensor
