@@ -59,11 +59,7 @@ def test_blocks_norms_and_writers_of_each_placement(
             assert found == tuple((f"{unit}.{name}",) if name else () for name in norms), index
     assert [writer.projection.module for writer in anatomy.writers] == [
         "embedding",
-        *(
-            f"stack.blocks.{i}.{part}"
-            for i in (0, 1)
-            for part in ("attention.sublayer.o_proj", "feed_forward.sublayer.down_proj")
-        ),
+        *(f"stack.blocks.{i}.{part}" for i in (0, 1) for part in last),
     ]
 
 
