@@ -68,7 +68,8 @@ def test_show_gives_the_last_result_of_a_proof() -> None:
     claim = Claim("it is nearer", Better(0.1), "distance", "near", "far", unit="km")
     judgement = Judgement(claim, "holds", "", Interval(0.123456, 0.1, 0.2, 0.11, 0.19, 5))
     proof = Proof("near", "laptop", (StudyResult("walk", "Is it near?", (judgement,), (), "seed", (0, 1), {}),))
-    shown = text(render_method(replace(METHOD, proof="near", result=json.loads(proof.to_json()))))
+    proven = replace(METHOD, proof="near", result=json.loads(proof.to_json()))
+    shown = text(render_method(proven))
     assert "holds      it is nearer  +0.1235 km [+0.1 km to +0.2 km]" in shown
     assert "laptop budget" in shown
     assert "setpoint prove near" in text(render_method(replace(proven, result=None)))

@@ -1,11 +1,12 @@
 """The list that every study must pass, setpoint's own and a stranger's.
 
-A proof is believed for what it compares, so a study must be repeatable under a seed, differ from seed to seed, give each
-arm the same chances, tune on other data than it judges on, and name its metrics the right way round.
+A proof is believed for what it compares, so a study must be repeatable under a seed, differ from seed to seed, give
+each arm the same chances, tune on other data than it judges on, and name its metrics the right way round.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -239,7 +240,9 @@ def _round_trip(study: Study, budget: Budget, runs: Mapping[str, Mapping[int, Fi
         proof = Proof(study.key, "smoke", (result,))
         text = proof.to_json()
         _demand(
-            Proof.from_json(text).to_json() == text, study, "gives a result that JSON does not bring back as it was"
+            json.loads(Proof.from_json(text).to_json()) == json.loads(text),
+            study,
+            "gives a result that JSON does not bring back as it was",
         )
     except (InputError, TypeError, ValueError) as error:
         raise ConformanceError(f"study {study.name!r} gives a result that can't be judged or saved: {error}") from error
