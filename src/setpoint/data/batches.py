@@ -83,6 +83,10 @@ class Batches(Generic[Batch]):
             raise TypeError("an endless stream of batches has no length; take as many as you need")
         return max(0, -(-(self.per_epoch - self.first) // self.step))
 
+    def __bool__(self) -> bool:
+        """True: an endless stream has no length to be judged by."""
+        return True
+
     def __getitem__(self, number: int) -> Batch:
         """The batch of that number, counted from the start of the whole stream."""
         if number < 0 or (not self.endless and number >= self.per_epoch):
