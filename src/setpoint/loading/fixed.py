@@ -193,11 +193,7 @@ def to_plain(edit: Edit) -> dict[str, Any] | None:
     if isinstance(edit.value, Ref):
         return {"path": edit.path, "ref": edit.value.path}
     if isinstance(edit.value, Build):
-        arguments = {
-            name: {"ref": value.path} if isinstance(value, Ref) else value
-            for name, value in edit.value.arguments.items()
-        }
-        return {"path": edit.path, "build": edit.value.target, "arguments": arguments}
+        return {"path": edit.path, **_written(edit.value)}
     if isinstance(edit.value, Tensor):
         return None
     raise InputError(
@@ -206,14 +202,25 @@ def to_plain(edit: Edit) -> dict[str, Any] | None:
     )
 
 
+def _written(value: Any) -> Any:
+    if isinstance(value, Ref):
+        return {"ref": value.path}
+    if isinstance(value, Build):
+        return {"build": value.target, "arguments": {name: _written(v) for name, v in value.arguments.items()}}
+    return value
+
+
+def _read(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    if "ref" in value:
+        return Ref(value["ref"])
+    return Build(value["build"], {name: _read(v) for name, v in value["arguments"].items()})
+
+
 def _edit(entry: Mapping[str, Any], folder: Path) -> Edit:
     try:
-        if "ref" in entry:
-            return Edit(entry["path"], Ref(entry["ref"]))
-        arguments = {
-            name: Ref(value["ref"]) if isinstance(value, dict) else value for name, value in entry["arguments"].items()
-        }
-        return Edit(entry["path"], Build(entry["build"], arguments))
+        return Edit(entry["path"], _read(entry))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{folder / STATEMENT} holds an edit that is none: {entry!r}") from error
 

@@ -79,10 +79,7 @@ def construct(model: nn.Module, build: Build, like: nn.Module | None = None) -> 
         raise InputError(f"this version of setpoint has no {build.target!r}: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise InputError(f"{build.target!r} is no module class")
-    arguments = {
-        name: model.get_submodule(value.path) if isinstance(value, Ref) else value
-        for name, value in build.arguments.items()
-    }
+    arguments = {name: _argument(model, value, like) for name, value in build.arguments.items()}
     sample = _sample(like) if like is not None else _sample(model)
     if sample is not None:
         arguments |= {name: getattr(sample, name) for name in ("device", "dtype") if name in takes}
@@ -92,6 +89,12 @@ def construct(model: nn.Module, build: Build, like: nn.Module | None = None) -> 
         raise InputError(f"{build.target} can't be built: {error}") from error
     made.training = like.training if like is not None else model.training
     return made
+
+
+def _argument(model: nn.Module, value: Any, like: nn.Module | None) -> Any:
+    if isinstance(value, Ref):
+        return model.get_submodule(value.path)
+    return construct(model, value, like) if isinstance(value, Build) else value
 
 
 def _sample(module: nn.Module) -> Tensor | None:

@@ -48,7 +48,7 @@ class Build:
 
     Args:
         target: ``module:attribute`` of a class in setpoint or torch.nn, e.g. ``"setpoint.nn:RMSNorm"``.
-        arguments: Its keyword arguments: plain values, or a `Ref` to a module that the new one wraps.
+        arguments: Its keyword arguments: plain values, a `Ref` to a module that the new one wraps, or a `Build`.
     """
 
     target: str

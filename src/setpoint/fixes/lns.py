@@ -1,0 +1,142 @@
+"""LayerNorm Scaling: multiply what the norms of layer l give by ``1/sqrt(l)``; and fold such factors away.
+
+In a Pre-LN network the stream grows with depth and deep blocks come close to the identity. `Scaling` puts
+`setpoint.nn.LayerNormScaling` around both norms of each layer, for training from scratch: a trained checkpoint computes
+something else afterwards. `Folding` is for inference with a model that was trained so: the factor goes into the norm's
+gain and shift, and outputs stay.
+
+Reference: Sun, Song, Li, Yin, Zheng and Liu, 2025, "The Curse of Depth in Large Language Models", arXiv 2502.05795.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from setpoint.errors import InputError
+from setpoint.fixing.base import Refused
+from setpoint.nn import LayerNormScaling
+from setpoint.surgery.fold import fold_scale
+from setpoint.types import Build, Edit, FixContext, Preserves, Ref, Refusal, Stage
+
+if TYPE_CHECKING:
+    from setpoint.surgery import Anatomy
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Scale the norms of layer l by ``l ** -power``; the final norm is not scaled. Train afterwards.
+
+    Args:
+        power: How fast the factor falls with depth.
+        learnable: Start the gains at the factor and train them, instead of a constant factor.
+
+    Reference:
+        Sun et al., 2025, arXiv 2502.05795.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from setpoint import fix
+        >>> layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        >>> stack = nn.TransformerEncoder(layer, 4, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+        >>> fix(stack, Scaling(), [torch.randn(1, 4, 8)]).model.layers[3].norm1.scale
+        0.5
+    """
+
+    power: float = 0.5
+    learnable: bool = False
+
+    id: ClassVar[str] = "lns"
+    stage: ClassVar[Stage] = "transform"
+    preserves: ClassVar[Preserves] = "retrain"
+
+    def __post_init__(self) -> None:
+        if not self.power > 0:
+            raise InputError(f"expected power above 0, got {self.power}; the paper uses 0.5")
+
+    def applies(self, anatomy: Anatomy) -> Refusal | None:
+        """Every branch must read the stream through a norm that belongs to one layer."""
+        if not anatomy.blocks:
+            return Refusal("", "no residual blocks were found in it")
+        for block in anatomy.blocks:
+            for branch in block.branches:
+                if not branch.input_norms:
+                    place = branch.writer.module if branch.writer is not None else block.name
+                    return Refusal(
+                        place, "its branch reads the stream with no norm in front, so there is none to scale"
+                    )
+                for name in branch.input_norms:
+                    if "#" in name:
+                        return Refusal(
+                            name.partition("#")[0], "computes its norm in its own forward, where no factor fits"
+                        )
+        owners = Counter(
+            name for block in anatomy.blocks for name in {n for b in block.branches for n in b.input_norms}
+        )
+        shared = next((name for name, layers in owners.items() if layers > 1), None)
+        return None if shared is None else Refusal(shared, "serves several layers, and each would need its own factor")
+
+    def plan(self, ctx: FixContext) -> list[Edit]:
+        """A factor around each norm in front of a branch; norms that have one already keep it."""
+        anatomy: Anatomy = ctx.anatomy
+        layers: Counter[str] = Counter()
+        edits: list[Edit] = []
+        for block in anatomy.blocks:
+            stack = re.sub(r"\d+", "#", block.name)  # an encoder and a decoder count their layers apart
+            layers[stack] += 1
+            for name in dict.fromkeys(n for branch in block.branches for n in branch.input_norms):
+                if isinstance(ctx.model.get_submodule(name.rpartition(".")[0]), LayerNormScaling):
+                    continue
+                arguments: dict[str, Any] = {"norm": Ref(name), "layer_index": layers[stack], "power": self.power}
+                if self.learnable:
+                    arguments["learnable"] = True
+                edits.append(Edit(name, Build("setpoint.nn:LayerNormScaling", arguments), f"layer {layers[stack]}"))
+        return edits
+
+
+@dataclass(frozen=True)
+class Folding:
+    """Put the factors of LayerNorm Scaling into the norms' gains and shifts; exact.
+
+    Reference:
+        Sun et al., 2025, arXiv 2502.05795.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from setpoint import fix
+        >>> model = nn.Sequential(LayerNormScaling(nn.LayerNorm(8), 4), nn.Linear(8, 2))
+        >>> fix(model, Folding(), [torch.randn(3, 8)]).model[0].weight[0].item()
+        0.5
+    """
+
+    id: ClassVar[str] = "lns-fold"
+    stage: ClassVar[Stage] = "transform"
+    preserves: ClassVar[Preserves] = "exact"
+
+    def applies(self, anatomy: Anatomy) -> Refusal | None:
+        """Some norm's output must be multiplied by something."""
+        if any(use.op == "mul" for site in anatomy.norms.values() for use in site.uses):
+            return None
+        return Refusal("", "no norm of it is scaled; there is nothing to fold", done=True)
+
+    def plan(self, ctx: FixContext) -> list[Edit]:
+        """The norm alone in the place of each scaled norm, with the factor in its parameters."""
+        edits: list[Edit] = []
+        for path, module in ctx.model.named_modules():
+            if not isinstance(module, LayerNormScaling):
+                continue
+            try:
+                module.fold()
+            except TypeError as error:
+                raise Refused(self.id, Refusal(path, str(error))) from error
+            edits.append(Edit(path, Ref(f"{path}.norm"), "its factor is in the gain"))
+            names = [name for name in ("weight", "bias") if isinstance(getattr(module.norm, name, None), Tensor)]
+            scaled = fold_scale(ctx.model, tuple(f"{path}.norm.{name}" for name in names), module.scale)
+            edits += [Edit(f"{path}.{name}", edit.value, edit.why) for name, edit in zip(names, scaled, strict=True)]
+        return edits
