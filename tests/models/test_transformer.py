@@ -14,6 +14,7 @@ from setpoint.errors import InputError
 from setpoint.models import (
     MLP,
     Attention,
+    ClassToken,
     DepthScaledNormal,
     LayerIndexNormal,
     Learned,
@@ -24,12 +25,16 @@ from setpoint.models import (
     SwiGLU,
     Transformer,
     TransformerConfig,
+    VisionConfig,
+    VisionTransformer,
     XavierNormal,
 )
+from setpoint.models.generation import LayerCache
 from setpoint.models.plain import from_plain, to_plain
 from setpoint.models.position import Llama3Rotary, rotate
 from setpoint.models.presets import SIZES
 from setpoint.nn import DyT, LayerNorm, OutputNorm, PeriNorm, Placement, PostNorm, PreNorm, RMSNorm, ScaledPreNorm
+from setpoint.optim import decay_groups
 
 CONFIG = TransformerConfig(vocab_size=23, context=32, dim=16, depth=3, num_heads=4, num_kv_heads=2)
 TOKENS = torch.tensor([[1, 5, 2, 7, 3, 11], [4, 4, 9, 0, 22, 6]])
@@ -145,6 +150,29 @@ def test_kv_bias_starts_small_and_works_with_masks_and_in_an_encoder() -> None:
     assert Transformer(replace(CONFIG, causal=False), attention=attention)(TOKENS).shape == (2, 6, 23)
 
 
+def test_attention_alone_takes_a_cache_in_chunks() -> None:
+    for kv_bias in (False, True):
+        attention, x, cache = Attention(16, 4, kv_bias=kv_bias), torch.randn(2, 7, 16), LayerCache()
+        with torch.no_grad():
+            found = [attention(part, cache=cache) for part in x.split([3, 1, 3], dim=1)]
+            torch.testing.assert_close(torch.cat(found, dim=1), attention(x), atol=1e-6, rtol=1e-5)
+
+
+def test_attention_refuses_what_is_no_batch_of_tokens() -> None:
+    with pytest.raises(InputError, match=r"\(batch, tokens, dim\), got \(5, 16\)"):
+        Attention(16, 4)(torch.randn(5, 16))
+
+
+def test_slots_class_tokens_and_scales_are_not_decayed() -> None:
+    config = replace(CONFIG, embedding_scale=4.0)
+    groups = decay_groups(Transformer(config, attention=partial(Attention, kv_bias=True)), 0.1)
+    shrunk, kept = (set(group["names"]) for group in groups)
+    assert "embedding.weight" in shrunk
+    assert kept >= {"embedding_scale", "stack.blocks.0.attention.sublayer.extra_key", "stack.final_norm.weight"}
+    vision = VisionTransformer(VisionConfig(image_size=8, patch_size=4, dim=16), pooling=ClassToken())
+    assert set(decay_groups(vision, 0.1)[1]["names"]) >= {"class_token", "position_embedding.weight", "patches.bias"}
+
+
 def test_rotation_turns_by_distance_alone() -> None:
     q, k = torch.randn(2, 8, dtype=torch.float64)
     products = []
@@ -194,9 +222,9 @@ def test_norms_of_attention_feed_forward_and_end_can_differ() -> None:
 def test_tables_have_the_configured_spread() -> None:
     config = replace(CONFIG, vocab_size=2000, embedding_std=0.63, tie_embeddings=False)
     model = Transformer(config, position=Learned())
-    assert float(model.embedding.weight.std()) == pytest.approx(0.63, rel=0.05)
-    assert float(model.position_embedding.weight.std()) == pytest.approx(0.63, rel=0.15)
-    assert float(model.head.weight.std()) == pytest.approx(0.02, rel=0.05)
+    assert float(model.embedding.weight.detach().std()) == pytest.approx(0.63, rel=0.05)
+    assert float(model.position_embedding.weight.detach().std()) == pytest.approx(0.63, rel=0.15)
+    assert float(model.head.weight.detach().std()) == pytest.approx(0.02, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -215,16 +243,16 @@ def test_matrices_have_the_spread_of_their_layer_and_role(
     for block, wide, narrow in zip(model.stack.blocks, ordinary, output, strict=True):
         attention, feed_forward = block.attention.sublayer, block.feed_forward.sublayer
         for linear in (attention.q_proj, attention.v_proj, feed_forward.up_proj, feed_forward.gate_proj):
-            assert float(linear.weight.std()) == pytest.approx(wide, rel=0.06)
+            assert float(linear.weight.detach().std()) == pytest.approx(wide, rel=0.06)
         for linear in (attention.o_proj, feed_forward.down_proj):
-            assert float(linear.weight.std()) == pytest.approx(narrow, rel=0.06)
+            assert float(linear.weight.detach().std()) == pytest.approx(narrow, rel=0.06)
             assert not linear.bias.any()
 
 
 def test_xavier_matrices_have_the_spread_of_their_shape() -> None:
     model = Transformer(TransformerConfig(dim=64, depth=1, num_heads=4), init=XavierNormal())
     up = model.stack.blocks[0].feed_forward.sublayer.up_proj.weight
-    assert float(up.std()) == pytest.approx((2 / sum(up.shape)) ** 0.5, rel=0.05)
+    assert float(up.detach().std()) == pytest.approx((2 / sum(up.shape)) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize(("size", "wanted"), [("1M", 1e6), ("3M", 3e6), ("10M", 1e7), ("30M", 3e7), ("100M", 1e8)])

@@ -22,6 +22,7 @@ from setpoint.models.initialize import Normal
 from setpoint.models.plain import to_plain
 from setpoint.models.position import Position, Rotation, rotate
 from setpoint.nn.block import NormFactory, Placement
+from setpoint.optim.decay import no_weight_decay
 
 Initializer = Callable[..., None]
 """``init(weight, *, layer, depth, output)`` draws a matrix in place; see `setpoint.models.initialize`."""
@@ -147,6 +148,8 @@ class Attention(nn.Module):
         shape = (self.num_kv_heads, 1, self.head_dim)
         self.extra_key = nn.Parameter(torch.randn(shape) * 0.02) if kv_bias else None
         self.extra_value = nn.Parameter(torch.randn(shape) * 0.02) if kv_bias else None
+        if kv_bias:
+            no_weight_decay(self, "extra_key", "extra_value")
 
     def forward(
         self,
@@ -163,7 +166,12 @@ class Attention(nn.Module):
             rotation: Turns queries and keys, see `setpoint.models.position.rotate`.
             mask: True where a query may look. Without it a causal attention hides what comes later.
             cache: Keys and values of earlier tokens; those of ``x`` are added to it.
+
+        Raises:
+            InputError: Other than three axes.
         """
+        if x.dim() != 3:
+            raise InputError(f"Attention: expected an input of shape (batch, tokens, dim), got {tuple(x.shape)}")
         q = self.q_norm(self._heads(self.q_proj(x)))
         k = self.k_norm(self._heads(self.k_proj(x)))
         v = self._heads(self.v_proj(x))
@@ -171,11 +179,12 @@ class Attention(nn.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(k, v)
-        causal = self.causal and mask is None and x.shape[1] > 1
+        queries, keys = q.shape[2], k.shape[2]
+        causal = self.causal and mask is None and queries > 1
+        if causal and (keys > queries or self.extra_key is not None):  # the kernel's own rule knows neither
+            mask, causal = _causal_mask(queries, keys, x.device), False
         if self.extra_key is not None and self.extra_value is not None:
-            mask = _causal_mask(x.shape[1], k.shape[2], x.device) if causal else mask
             mask = None if mask is None else functional.pad(mask, (1, 0), value=True)
-            causal = False
             k = torch.cat((self.extra_key.to(k.dtype).expand(len(k), -1, -1, -1), k), dim=2)
             v = torch.cat((self.extra_value.to(v.dtype).expand(len(v), -1, -1, -1), v), dim=2)
         mixed = functional.scaled_dot_product_attention(
@@ -358,11 +367,11 @@ class Stack(nn.Module):
         return y
 
     def _mask(self, x: Tensor, earlier: int, attention_mask: Tensor | None) -> Tensor | None:
-        """None where the attention's own causal rule is enough, so that it can take its quickest path."""
+        """None without padding: the attention's own causal rule is then enough, and quicker."""
         batch, tokens = x.shape[:2]
         keys = earlier + tokens
         if attention_mask is None:
-            return _causal_mask(tokens, keys, x.device) if self.config.causal and earlier and tokens > 1 else None
+            return None
         if attention_mask.shape != (batch, keys):
             raise InputError(
                 f"expected an attention_mask shaped {(batch, keys)}: (batch, tokens), cached ones included; "

@@ -20,6 +20,7 @@ from setpoint.models.position import Learned, Position
 from setpoint.models.stack import MLP, Attention, Initializer, Parts, Stack, StackConfig
 from setpoint.nn.block import NormFactory, Placement, PreNorm
 from setpoint.nn.norm.layernorm import LayerNorm
+from setpoint.optim.decay import no_weight_decay
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +117,11 @@ class VisionTransformer(nn.Module):
         self.patches = nn.Conv2d(config.channels, config.dim, config.patch_size, stride=config.patch_size)
         extra = pooling.extra_tokens
         self.class_token = nn.Parameter(torch.zeros(1, extra, config.dim)) if extra else None
+        if extra:
+            no_weight_decay(self, "class_token")
         self.position_embedding = position.table(extra + config.num_patches, config.dim)
+        if isinstance(self.position_embedding, nn.Embedding):
+            no_weight_decay(self.position_embedding)
         self.dropout = nn.Dropout(config.dropout)
         self.stack = Stack(config, self.parts)
         self.head = nn.Linear(config.dim, config.num_classes) if config.num_classes else nn.Identity()
