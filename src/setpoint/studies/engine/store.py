@@ -123,9 +123,7 @@ class Store:
                 db.execute("PRAGMA journal_mode=WAL")
                 db.executescript(_SCHEMA)
         except (OSError, sqlite3.Error) as error:
-            raise InputError(
-                f"{self.path} can't be used as a store of proofs: {error}; give another with --store"
-            ) from error
+            raise InputError(f"{self.path} can't hold proofs: {error}; give another file with --store") from error
 
     @contextmanager
     def _connection(self) -> Iterator[sqlite3.Connection]:

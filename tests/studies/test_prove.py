@@ -1,0 +1,298 @@
+"""A proof from end to end, on a study in a file of its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+import setpoint
+from setpoint.cli import main
+from setpoint.errors import InputError
+from setpoint.proving import prove, results
+from setpoint.report.proof import Proof
+from setpoint.studies.engine import shipped as shipped_module
+from setpoint.studies.engine.schedule import Event
+from setpoint.studies.engine.shipped import store_result
+from setpoint.studies.engine.store import Store
+
+Logged = Callable[[Path], list[list[str]]]
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "proofs.db"
+
+
+def test_a_real_effect_holds_and_settings_are_each_arms_best(own_study: Path, db: Path) -> None:
+    proof = prove(str(own_study), jobs=1, store=db)
+    assert proof.verdict == "holds"
+    assert [judgement.verdict for judgement in proof.judgements] == ["holds", "holds"]
+    (study,) = proof.studies
+    assert {arm.name: arm.setting for arm in study.arms} == {"plain": {"lr": 0.1}, "method": {"lr": 0.4}}
+    assert [len(arm.trials) for arm in study.arms] == [3, 3]
+    assert any("edge of its grid: lr 0.4" in note for note in study.notes)
+    assert study.arms[0].cost["parameters"] == 10
+    assert study.arms[0].cost["memory"] > 0
+    assert study.arms[0].curves[0].x == (0.0, 1.0, 2.0)
+
+
+@pytest.mark.parametrize(("effect", "verdicts"), [("0.0", ("no effect", "holds")), ("-1.0", ("reversed", "reversed"))])
+def test_a_null_is_a_null_and_a_harm_is_reversed(
+    make_study: Callable[..., Path], db: Path, effect: str, verdicts: tuple[str, str]
+) -> None:
+    proof = prove(str(make_study(effect=effect)), jobs=1, store=db)
+    assert tuple(judgement.verdict for judgement in proof.judgements) == verdicts
+
+
+def test_tuning_has_its_own_split_seeds_and_sizes(own_study: Path, db: Path, logged: Logged) -> None:
+    prove(str(own_study), jobs=1, store=db)
+    tuning = [line for line in logged(own_study) if line[0] == "valid"]
+    judged = [line for line in logged(own_study) if line[0] == "test"]
+    assert {line[3] for line in tuning} == {"1000"}
+    assert {line[3] for line in judged} == {"0", "1", "2", "3"}
+    assert {line[4] for line in tuning} == {"3"}
+    assert {line[4] for line in judged} == {"10"}
+
+
+def test_a_second_call_runs_nothing(own_study: Path, db: Path, logged: Logged) -> None:
+    first = prove(str(own_study), jobs=1, store=db)
+    count = len(logged(own_study))
+    second = prove(str(own_study), jobs=1, store=db)
+    assert len(logged(own_study)) == count == 14
+    assert second.studies == first.studies
+
+
+def test_more_seeds_run_only_what_is_new(own_study: Path, db: Path, logged: Logged) -> None:
+    prove(str(own_study), seeds=2, jobs=1, store=db)
+    prove(str(own_study), seeds=3, jobs=1, store=db)
+    assert len([line for line in logged(own_study) if line[0] == "test"]) == 2 * 3
+
+
+def test_workers_give_the_same_numbers_as_this_process(
+    own_study: Path, db: Path, tmp_path: Path, logged: Logged
+) -> None:
+    alone = prove(str(own_study), jobs=1, store=db)
+    shared = prove(str(own_study), jobs=2, store=tmp_path / "other.db")
+    assert [j.pairs for j in shared.judgements] == [j.pairs for j in alone.judgements]
+    assert len({line[5] for line in logged(own_study)}) == 3
+
+
+def test_changed_code_makes_results_stale_and_deletes_nothing(
+    make_study: Callable[..., Path], db: Path, logged: Logged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study()
+    prove(str(study), jobs=1, store=db)
+    assert [entry.stale for entry in results(store=db)] == [False]
+    rows = len(Store(db).rows())
+    make_study(source=study.read_text().replace("3.0 + 0.1", "3.5 + 0.1"))
+    forget(monkeypatch)
+    assert [entry.stale for entry in results(store=db)] == [True]
+    prove(str(study), jobs=1, store=db)
+    assert len(Store(db).rows()) == 2 * rows
+    assert [entry.stale for entry in results(store=db)] == [False, True]
+
+
+def test_a_comment_makes_nothing_stale(
+    make_study: Callable[..., Path], db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = make_study()
+    prove(str(study), jobs=1, store=db)
+    study.write_text("# a remark\n" + study.read_text())
+    forget(monkeypatch)
+    assert [entry.stale for entry in results(store=db)] == [False]
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a new process would: no study file is loaded."""
+    import sys
+
+    for name in [name for name in sys.modules if name.startswith("setpoint_study_")]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_a_run_that_breaks_is_told_and_tried_again(own_study: Path, db: Path, logged: Logged) -> None:
+    (own_study.parent / "break").touch()
+    proof = prove(str(own_study), jobs=1, store=db)
+    assert proof.verdict == "undecided"
+    assert "1 of 4 runs of method broke" in proof.judgements[0].reason
+    assert any("something broke" in note for note in proof.studies[0].notes)
+    (own_study.parent / "break").unlink()
+    count = len(logged(own_study))
+    assert prove(str(own_study), jobs=1, store=db).verdict == "holds"
+    assert len(logged(own_study)) == count + 2
+
+
+def test_a_worker_that_dies_fails_its_run_and_no_other(own_study: Path, db: Path) -> None:
+    (own_study.parent / "die").touch()
+    proof = prove(str(own_study), jobs=2, store=db)
+    assert proof.verdict == "undecided"
+    assert any("exit code 9" in note for note in proof.studies[0].notes)
+    assert [arm.failed for arm in proof.studies[0].arms] == [0, 1]
+    assert prove(str(own_study), jobs=2, store=db).verdict == "holds"
+
+
+def test_smoke_runs_untuned_and_asserts_nothing(own_study: Path, db: Path, logged: Logged) -> None:
+    proof = prove(str(own_study), budget="smoke", jobs=1, store=db)
+    assert {judgement.verdict for judgement in proof.judgements} == {"undecided"}
+    assert {line[0] for line in logged(own_study)} == {"test"}
+
+
+def test_ones_own_corpus_reaches_every_run_and_is_part_of_the_key(
+    own_study: Path, db: Path, tmp_path: Path, logged: Logged
+) -> None:
+    corpus = tmp_path / "my.txt"
+    corpus.write_text("one")
+    assert prove(str(own_study), budget="smoke", data=corpus, jobs=1, store=db).data == "my.txt"
+    assert {line[6] for line in logged(own_study)} == {str(corpus)}
+    prove(str(own_study), budget="smoke", data=corpus, jobs=1, store=db)
+    assert len(logged(own_study)) == 8
+    corpus.write_text("two")
+    prove(str(own_study), budget="smoke", data=corpus, jobs=1, store=db)
+    assert len(logged(own_study)) == 16
+
+
+def test_a_tuning_stage_without_time_says_so(make_study: Callable[..., Path], db: Path) -> None:
+    study = make_study()
+    study.write_text(study.read_text().replace('metric="loss", options', 'metric="loss", minutes=1e-9, options'))
+    with pytest.raises(InputError, match="ended before every arm had tried one setting"):
+        prove(str(study), jobs=1, store=db)
+
+
+def test_arms_under_unequal_conditions_are_refused(make_study: Callable[..., Path], db: Path) -> None:
+    study = make_study()
+    study.write_text(study.read_text().replace('{"steps": budget["steps"]}', '{"steps": len(arm.name)}'))
+    with pytest.raises(InputError, match="plain has 5, method has 6"):
+        prove(str(study), budget="smoke", jobs=1, store=db)
+
+
+def test_runs_leave_the_generators_and_threads_of_the_caller_alone(own_study: Path, db: Path) -> None:
+    torch.manual_seed(5)
+    before, threads = torch.get_rng_state(), torch.get_num_threads()
+    prove(str(own_study), budget="smoke", jobs=1, threads=2, store=db)
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.get_num_threads() == threads
+
+
+def test_progress_goes_over_runs_and_within_them(own_study: Path, db: Path) -> None:
+    events: list[Event] = []
+    prove(str(own_study), jobs=1, store=db, progress=events.append)
+    assert {event.stage for event in events} == {"tuning shifted", "running shifted"}
+    assert any(event.run and event.done == 1 and event.total == 1 for event in events)
+    ended = [event.finished for event in events if event.stage == "running shifted" and event.status]
+    assert ended == list(range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"budget": "huge"}, "budget should be one of smoke, laptop, full"),
+        ({"seeds": 1}, "at least 2 seeds"),
+        ({"jobs": 0}, "at least one job"),
+        ({"threads": 0}, "at least one thread"),
+        ({"executor": "slurm"}, "no executor is called 'slurm'"),
+        ({"data": "absent.txt"}, "absent.txt does not exist"),
+    ],
+)
+def test_what_can_not_be_used_is_named(own_study: Path, db: Path, given: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        prove(str(own_study), store=db, **given)  # type: ignore[arg-type]
+
+
+def test_a_study_on_its_own_data_only_refuses_a_corpus(db: Path, own_study: Path) -> None:
+    with pytest.raises(InputError, match="takes no other"):
+        prove("batchnorm", data=own_study, store=db)
+
+
+def test_methods_without_a_study_say_why(db: Path) -> None:
+    with pytest.raises(InputError, match="has no proof of its own"):
+        prove("rank-collapse", store=db)
+    with pytest.raises(InputError, match="the nearest names"):
+        prove("bachnorm", store=db)
+
+
+def test_ray_that_is_not_there_names_its_extra(own_study: Path, db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"setpoint\[scale\]"):
+        prove(str(own_study), executor="ray", store=db)
+
+
+def test_ray_gives_the_same_numbers(own_study: Path, db: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    here = prove(str(own_study), jobs=1, store=db)
+    there = prove(str(own_study), jobs=2, executor="ray", store=tmp_path / "ray.db")
+    assert [j.pairs for j in there.judgements] == [j.pairs for j in here.judgements]
+
+
+def test_the_catalogue_keeps_figures_and_settings_and_no_curves(own_study: Path, db: Path, tmp_path: Path) -> None:
+    proof = prove(str(own_study), jobs=1, store=db)
+    path = store_result(proof, tmp_path)
+    kept = Proof.from_json(path)
+    assert path.name == "own-study.json"
+    assert [j.effect for j in kept.judgements] == [j.effect for j in proof.judgements]
+    assert kept.studies[0].arms[0].curves == ()
+    assert {"processor", "cores"} <= set(kept.machine)
+    assert kept.versions["torch"] == torch.__version__
+    assert kept.date
+
+
+def test_smoke_and_foreign_data_are_no_results(own_study: Path, db: Path, tmp_path: Path) -> None:
+    smoke = prove(str(own_study), budget="smoke", jobs=1, store=db)
+    with pytest.raises(InputError, match="smoke run says nothing"):
+        store_result(smoke, tmp_path)
+    foreign = prove(str(own_study), data=own_study, jobs=1, store=db)
+    with pytest.raises(InputError, match="corpus of yours"):
+        store_result(foreign, tmp_path)
+
+
+def test_the_package_gives_the_settings_of_its_own_result(
+    db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A smoke run of a shipped method takes its settings from the stored result, not the first of the grid."""
+    first = prove("batchnorm", budget="smoke", jobs=1, store=db)
+    data = json.loads(first.to_json(curves=False))
+    data["budget"] = "laptop"
+    for study in data["studies"]:
+        for arm in study["arms"]:
+            arm["setting"] = {"lr": 8.0} if arm["setting"] else {}
+    (tmp_path / "batchnorm.json").write_text(json.dumps(data))
+    monkeypatch.setattr(shipped_module.shipped, "__defaults__", (tmp_path,))
+    proof = prove("batchnorm", budget="smoke", jobs=1, store=db)
+    assert proof.studies[0].arms[0].setting == {"lr": 8.0}
+    assert "stored result" in proof.studies[0].tuning
+
+
+def test_the_shell_proves_lists_and_writes_pages(
+    own_study: Path, db: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "proof.html"
+    args = [str(own_study), "--jobs", "1", "--store", str(db)]
+    assert run("prove", *args, "--html", str(page)) == 0
+    assert "holds" in capsys.readouterr().out
+    assert page.read_text().startswith("<!doctype html>")
+    assert run("prove", *args, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["method"] == "own-study"
+    assert run("results", "--store", str(db)) == 0
+    assert "own-study" in capsys.readouterr().out
+    assert run("results", "own-study", "--store", str(db)) == 0
+    assert "Is the better arm better?" in capsys.readouterr().out
+    assert run("results", "dyt", "--store", str(db)) == 2
+    assert "setpoint prove dyt" in capsys.readouterr().err
+    assert run("prove") == 2
+    assert "--all" in capsys.readouterr().err
+
+
+def run(*args: str) -> int:
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    return int(stop.value.code or 0)
+
+
+def test_the_front_door_has_the_verb() -> None:
+    assert setpoint.prove is prove
+    assert setpoint.Proof is Proof
