@@ -286,3 +286,95 @@ def test_a_final_norm_is_not_part_of_the_last_post_norm_block() -> None:
     anatomy = Anatomy.trace(Stack(Unit(16, "post"), Unit(16, "post"), norm=True), IDS)
     assert [block.branches[0].after_norms for block in anatomy.blocks] == [("units.0.norm",), ("units.1.norm",)]
     assert anatomy.feeds["norm"] == {"head"}
+
+
+WRITTEN = {
+    "gelu_tanh": lambda x: 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * torch.pow(x, 3.0)))),
+    "gelu": lambda x: x * 0.5 * (1.0 + torch.erf(x / 2.0**0.5)),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "silu": lambda x: torch.sigmoid(x) * x,
+    "relu2": lambda x: torch.relu(x).square(),
+    "mish": lambda x: x * torch.tanh(functional.softplus(x)),
+    "sigmoid": torch.sigmoid,
+}
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "gated"])
+def test_an_activation_written_out_in_a_forward_goes_by_its_name(name: str, gated: bool) -> None:
+    class Written(Unit):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.norm(x)
+            wide = WRITTEN[name](self.gate(h)) * self.up(h) if self.gate is not None else WRITTEN[name](self.up(h))
+            return x + self.down(wide)  # type: ignore[no-any-return]
+
+    ff = Anatomy.trace(Stack(Written(16, "pre", gated)), IDS).blocks[0].branches[0].feed_forward
+    assert ff is not None
+    assert ff.activation == name
+    assert [p and p.module for p in (ff.gate, ff.up)] == ["units.0.gate" if gated else None, "units.0.up"]
+
+
+@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_a_weight_computed_in_the_pass_is_unread_and_its_branch_stays_a_branch(wrap: Any) -> None:
+    unit = Unit(16, "pre")
+    wrap(unit.down)
+    anatomy = Anatomy.trace(Stack(Unit(16, "pre"), unit).eval(), IDS)
+    assert [block.name for block in anatomy.blocks] == ["units.0", "units.1"]
+    reasons = {part.name: part.reason for part in anatomy.unread}
+    assert reasons["units.1.down"] == "multiplies by a weight that is computed from parameters in the pass"
+
+
+def test_the_steps_of_a_recurrence_are_no_residual_stream() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.keep, self.write, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            state = torch.zeros_like(x[:, 0])
+            outputs = []
+            for keep, write in zip(self.keep(x).sigmoid().unbind(1), self.write(x).unbind(1), strict=True):
+                state = keep * state + write * keep
+                outputs.append(state)
+            return x + self.out(torch.stack(outputs, 1))  # type: ignore[no-any-return]
+
+    anatomy = Anatomy.trace(nn.Sequential(Recurrent(), Recurrent()), batch())
+    assert [(block.name, len(block.branches)) for block in anatomy.blocks] == [("0", 1), ("1", 1)]
+
+
+def test_dividing_by_the_mean_over_channels_is_no_rms_norm() -> None:
+    class Response(nn.Module):
+        """Global response normalization: each channel's size over the mean size."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.gamma, self.beta = nn.Parameter(torch.ones(16)), nn.Parameter(torch.zeros(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            size = x.norm(dim=1, keepdim=True)
+            return self.gamma * (x * (size / (size.mean(-1, keepdim=True) + 1e-6))) + self.beta + x
+
+    assert Anatomy.trace(nn.Sequential(Response(), nn.Linear(16, 4)), batch()).norms == {}
+
+
+def test_an_addition_in_a_module_around_the_blocks_is_a_block_of_its_own() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix, self.layers = nn.Linear(16, 16), nn.ModuleList([Unit(16, "pre"), Unit(16, "pre")])
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.mix(x)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    blocks = Anatomy.trace(nn.Sequential(Encoder(), nn.Linear(16, 3)), batch()).blocks
+    assert [(b.name, b.branches[0].role) for b in blocks] == [
+        ("0", "other"),
+        ("0.layers.0", "feed_forward"),
+        ("0.layers.1", "feed_forward"),
+    ]
+    first = blocks[0].output
+    assert first is not None
+    assert (first.module, first.side) == ("0.layers.0", "input")

@@ -205,10 +205,11 @@ def _without_final_norm(branches: list[Branch], earlier: list[Addition]) -> list
 
 def _blocks(graph: Graph, additions: list[Addition]) -> tuple[Block, ...]:
     groups: list[list[Addition]] = []
+    loose = {"convolution", "other"}
     for addition in additions:
         roles = {branch.role for branch in addition.branches}
         seen = {branch.role for one in groups[-1] for branch in one.branches} if groups else set()
-        if not groups or roles & seen or _shared([*groups[-1], addition]) is None:
+        if not groups or roles & seen or not _belongs(groups[-1], addition, bool(roles & loose or seen & loose)):
             groups.append([])
         groups[-1].append(addition)
     blocks = []
@@ -219,10 +220,25 @@ def _blocks(graph: Graph, additions: list[Addition]) -> tuple[Block, ...]:
         for addition in group:
             addition.block = index
         branches = tuple(branch for addition in group for branch in addition.branches)
-        result = _result(graph, owner, last)
+        following = groups[index + 1][0] if index + 1 < len(groups) else None
+        result = _result(graph, owner, last, following)
         start = graph.tap(group[0].source)
         blocks.append(Block(index, name, branches, start, graph.tap(result), owner.ordinal if owner is not None else 0))
     return tuple(blocks)
+
+
+def _belongs(group: list[Addition], addition: Addition, loose: bool) -> bool:
+    """Whether an addition is of the same block as those before it.
+
+    Attention and feed-forward make a block wherever they stand. What is neither joins only its own kin: additions made
+    in the same call, or in parts of one module that are no entries of a list.
+    """
+    shared = _shared([*group, addition])
+    if shared is None or not loose:
+        return shared is not None
+    depth = len(shared.name.split(".")) if shared.name else 0
+    paths = [one.node.call.name.split(".")[depth:] for one in (group[-1], addition) if one.node.call is not shared]
+    return not any(part.isdigit() for path in paths for part in path)
 
 
 def _shared(group: list[Addition]) -> Call | None:
@@ -231,9 +247,11 @@ def _shared(group: list[Addition]) -> Call | None:
     return next((call for call in chains[0] if all(call in chain for chain in chains[1:])), None)
 
 
-def _result(graph: Graph, owner: Call | None, last: Addition) -> Value:
-    """The stream after a block: what its module returns if that is the sum, else the sum or the norm behind it."""
+def _result(graph: Graph, owner: Call | None, last: Addition, following: Addition | None) -> Value:
+    """The stream after a block: what its module returns if that is the sum or a norm behind it, else the sum."""
     for value in owner.outputs if owner is not None and owner.name else ():
+        if following is not None and graph.descends(value, following.output):
+            continue  # a module around several blocks
         if value.floating and reaches(graph, last.output, value) and value.tensor.shape == last.output.tensor.shape:
             return value
     return last.output
@@ -288,6 +306,8 @@ def _unread(model: nn.Module, graph: Graph, names: set[str]) -> tuple[Unread, ..
             continue
         quiet.append(name)
         found.append(Unread(name, "never called in this pass"))
+    for node in graph.computed:
+        found.append(Unread(node.call.name, "multiplies by a weight that is computed from parameters in the pass"))
     for node in graph.tape.nodes:
         if node.op in ("opaque", "alias_write") or is_known(node.op):
             continue

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from setpoint.running import tensors_of
 from setpoint.surgery.graph import Graph, bit
 from setpoint.surgery.ops import ELEMENTWISE, MOVES, NORMS, REDUCTIONS
+from setpoint.surgery.replay import replay
 from setpoint.surgery.tape import Call, Node, Value
 from setpoint.types import NormKind
 
@@ -127,11 +128,13 @@ def _inline(graph: Graph, node: Node) -> NormRead | None:
         nodes += behind
 
         def run(probe: Tensor, x: Value = x, y: Value = y, nodes: list[Node] = nodes) -> Tensor:
-            return _replay(nodes, x, y, probe)
+            return replay(nodes, x, y, probe).float()
 
         if _ignores_scale(run, x.tensor, axes):
             read = NormRead("", "rms", node.call, x, y, axes, None, False, nodes=nodes)
-            return _measured(run, read, _parameters(graph, behind))
+            read = _measured(run, read, _parameters(graph, behind))
+            if read.kind != "other":
+                return read
     return None
 
 
@@ -209,21 +212,6 @@ def _is_vector(graph: Graph, value: Value, width: int) -> bool:
     return root.kind == "parameter" and root.tensor.numel() == width == value.tensor.shape[-1]
 
 
-def _replay(nodes: list[Node], x: Value, y: Value, probe: Tensor) -> Tensor:
-    made: dict[int, Tensor] = {id(x.tensor): probe.clone()}
-
-    def put(tree: Any) -> Any:
-        if isinstance(tree, Tensor):
-            return made.get(id(tree), tree)
-        return type(tree)(map(put, tree)) if type(tree) in (list, tuple) else tree
-
-    for node in nodes:
-        result = node.func(*put(node.args), **{name: put(a) for name, a in node.kwargs.items()})
-        for output, tensor in zip(node.outputs, tensors_of(result), strict=False):
-            made[id(output.tensor)] = tensor
-    return made[id(y.tensor)].float()
-
-
 # the experiment ------------------------------------------------------------------------------------------------------
 
 
@@ -262,12 +250,19 @@ def _measured(run: Run, read: NormRead, parameters: dict[str, tuple[Role, Value]
     read.kind = "layer" if read.centred else "rms"
     read.eps = _epsilon(read.nodes)
     shift = run(torch.zeros_like(probe))
-    unit = probe.float() - (probe.float().mean(axes, keepdim=True) if read.centred else 0.0)
-    unit = unit * torch.rsqrt(unit.square().mean(axes, keepdim=True))
+    unit = _unit(probe, axes, read.centred)
     others = [axis for axis in range(x.dim()) if axis - x.dim() not in axes]
     gain = ((plain - shift) * unit).sum(others) / unit.square().sum(others)
     shift = shift.amax(others)
     read.gain, read.shift = gain, None if not shift.any() else shift
+    shape = [size if axis not in others else 1 for axis, size in enumerate(x.shape)]
+    spiked = probe * torch.where(torch.arange(probe.numel(), device=x.device).reshape(x.shape) % 5 == 0, 4, 1).to(
+        x.dtype
+    )
+    expected = _unit(spiked, axes, read.centred) * gain.reshape(shape) + shift.reshape(shape)
+    if _far(run(spiked), expected):  # it divides by something else than the root mean square
+        read.kind, read.gain, read.shift = "other", None, None
+        return read
     for name, (role, value) in parameters.items():
         stored = value.tensor.detach()
         if role == "shift" and stored.shape == shift.shape:
@@ -279,6 +274,13 @@ def _measured(run: Run, read: NormRead, parameters: dict[str, tuple[Role, Value]
     if not read.gain_parameter and not _far(gain, torch.ones_like(gain)):
         read.gain = None
     return read
+
+
+def _unit(x: Tensor, axes: tuple[int, ...], centred: bool) -> Tensor:
+    """x over its root mean square, without its mean if ``centred``."""
+    x = x.float()
+    x = x - x.mean(axes, keepdim=True) if centred else x
+    return x * torch.rsqrt(x.square().mean(axes, keepdim=True))
 
 
 def _epsilon(nodes: list[Node]) -> float | None:

@@ -17,7 +17,7 @@ from setpoint.surgery.behaviour import NormRead
 from setpoint.surgery.graph import Graph, Weight, bit, members
 from setpoint.surgery.indices import output_rows
 from setpoint.surgery.norms import reaches
-from setpoint.surgery.ops import CONVOLUTIONS
+from setpoint.surgery.ops import CONVOLUTIONS, MOVES
 from setpoint.surgery.tape import Node, Value
 from setpoint.types import AttentionSite, Branch, BranchRole, FeedForwardSite, Projection
 
@@ -54,6 +54,16 @@ def _operands(graph: Graph, node: Node) -> tuple[Value, Value] | None:
     return values[0], values[1]
 
 
+def _is_gated(graph: Graph, stream: Value) -> bool:
+    """Whether an operand is a product of two signals: the step of a recurrence, not a stream that passes."""
+    while stream.producer is not None and stream.producer.op in MOVES and stream.producer.inputs:
+        stream = stream.producer.inputs[0]
+    maker = stream.producer
+    if maker is None or maker.op != "mul":
+        return False
+    return sum(value.tensor.numel() > 1 and bool(graph.signal & bit(value)) for value in maker.inputs) > 1
+
+
 def _source(graph: Graph, common: int) -> Value | None:
     values = [graph.tape.values[i] for i in members(common)]
     values = [
@@ -70,7 +80,7 @@ def _addition(graph: Graph, node: Node) -> list[Addition]:
         return []
     for stream, branch in (operands, operands[::-1]):
         source = _source(graph, (graph.light.get(stream.index, 0) | bit(stream)) & graph.heavy.get(branch.index, 0))
-        if source is not None:
+        if source is not None and not _is_gated(graph, stream):
             return [Addition(node, stream, branch, source, node.outputs[0])]
     a, b = operands
     ends = graph.last_weight(a), graph.last_weight(b)

@@ -58,6 +58,7 @@ class Graph:
         self.heavy: dict[int, int] = {}
         self.signal = 0  # values that depend on what the model is fed, unlike rotary tables and masks
         self.cores: list[Node] = []
+        self.computed: list[Node] = []  # contractions with a weight that is computed in the pass
         self.lookups: dict[int, int] = {}  # output value of a lookup -> which of its node's inputs is the table
         self.adapters: set[int] = set()  # output values of low-rank adapters: B of W·x + B·(A·x)
         self._compressions: set[int] = set()  # their A
@@ -84,6 +85,9 @@ class Graph:
             self.lookups[node.outputs[0].index] = table
         # code that can't be seen and has a matrix of its own is taken for a layer
         hidden = node.op == "opaque" and any(v.kind == "parameter" and v.tensor.dim() > 1 for v in node.inputs)
+        if weight is None and node.op in CONTRACTIONS and any(map(self._is_computed, node.inputs)):
+            self.computed.append(node)
+            hidden = True
         opaque = weight is not None or core or node.op in CONTRACTIONS or table is not None or hidden
         ancestors = light = heavy = 0
         for value in node.inputs:
@@ -130,6 +134,15 @@ class Graph:
                 break
             value = value.producer.inputs[0]
         return value
+
+    def _is_computed(self, value: Value) -> bool:
+        """Whether a matrix is computed from parameters alone, as weight and spectral norm do."""
+        if value.kind == "parameter":
+            return True
+        maker = value.producer
+        if maker is None or not value.floating or value.tensor.dim() < 2 or self.signal & bit(value):
+            return False
+        return any(self._is_computed(above) for above in maker.inputs if above.kind in ("op", "parameter"))
 
     def _joins(self, node: Node) -> bool:
         """Whether a node puts something else beside a parameter, as a class token is put before patches."""

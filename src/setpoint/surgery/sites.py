@@ -39,7 +39,11 @@ def sites_of(anatomy: Anatomy) -> tuple[Site, ...]:
                 inside = Tap(core.name, "input", 0, block.call)
                 add(core.name or place, "attention", inside, block.index, core.name)
             ff = branch.feed_forward
-            if ff is not None and ff.down is not None:
+            if (
+                ff is not None
+                and ff.down is not None
+                and (branch.role == "feed_forward" or ff.down.module not in images)
+            ):
                 channel = 1 if ff.down.module in images else -1
                 add(ff.name or place, "hidden", ff.hidden, block.index, ff.name, channel)
             add(writer or place, "branch", branch.writes, block.index, writer, axis)
