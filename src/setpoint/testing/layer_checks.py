@@ -56,6 +56,7 @@ def gradients(case: Case) -> None:
 def dtypes(case: Case) -> None:
     """In float64, bfloat16 and float16 the output has the input's dtype and is near the float64 result."""
     exact = run(case.layer().double(), cast(case.inputs, Tensor.double))
+    _near(exact, exact, torch.float64, 0.0)
     _near(run(case.layer(), case.inputs), exact, torch.float32, 1e-3)
     for dtype, tolerance in HALF_TOLERANCE.items():
         rounded = cast(case.inputs, lambda t, dtype=dtype: t.to(dtype))  # type: ignore[misc]
