@@ -10,9 +10,10 @@ from torch import Tensor
 from setpoint.errors import InputError
 
 NormalizedShape = int | Sequence[int]
+"""What ``normalized_shape`` may be: the width of the last axis, or the sizes of the last few."""
 
 
-def shape_of(normalized_shape: NormalizedShape, layer: str) -> tuple[int, ...]:
+def shape_of(normalized_shape: int | Sequence[int], layer: str) -> tuple[int, ...]:
     """``normalized_shape`` as a tuple of positive sizes.
 
     Raises:

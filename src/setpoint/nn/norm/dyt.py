@@ -11,12 +11,14 @@ attention than elsewhere, lower the wider the model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from setpoint.errors import InputError
-from setpoint.nn.norm.checks import NormalizedShape, expect_channels, expect_trailing, shape_of
+from setpoint.nn.norm.checks import expect_channels, expect_trailing, shape_of
 from setpoint.nn.norm.functional import scale_shift
 
 
@@ -55,7 +57,7 @@ class DyT(nn.Module):
 
     def __init__(
         self,
-        normalized_shape: NormalizedShape,
+        normalized_shape: int | Sequence[int],
         alpha_init_value: float = 0.5,
         channels_last: bool = True,
         elementwise_affine: bool = True,

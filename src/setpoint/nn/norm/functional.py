@@ -12,13 +12,14 @@ function here becomes one kernel forward and one backward. Two things need a han
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from setpoint.nn.norm.checks import NormalizedShape, expect_trailing, shape_of
+from setpoint.nn.norm.checks import expect_trailing, shape_of
 
 _HALF = (torch.float16, torch.bfloat16)
 _BLOCKS = 64
@@ -26,7 +27,7 @@ _BLOCKS = 64
 
 def rms_norm(
     x: Float[Tensor, "... dim"],
-    normalized_shape: NormalizedShape,
+    normalized_shape: int | Sequence[int],
     weight: Float[Tensor, " dim"] | None = None,
     bias: Float[Tensor, " dim"] | None = None,
     eps: float = 1e-5,

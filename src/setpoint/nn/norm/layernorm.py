@@ -10,12 +10,14 @@ themselves, `LayerNormCHW` channels and pixels of an image together, which is wh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from setpoint.nn.norm.checks import NormalizedShape, expect_channels, expect_trailing, shape_of
+from setpoint.nn.norm.checks import expect_channels, expect_trailing, shape_of
 
 
 class LayerNorm(nn.LayerNorm):
@@ -45,7 +47,7 @@ class LayerNorm(nn.LayerNorm):
 
     def __init__(
         self,
-        normalized_shape: NormalizedShape,
+        normalized_shape: int | Sequence[int],
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,

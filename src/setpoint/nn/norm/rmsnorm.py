@@ -11,12 +11,14 @@ with its parameters; and on a CPU it is several times slower than a layer norm.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from setpoint.errors import InputError
-from setpoint.nn.norm.checks import NormalizedShape, expect_trailing, shape_of
+from setpoint.nn.norm.checks import expect_trailing, shape_of
 from setpoint.nn.norm.functional import crms_norm, rms_norm
 
 
@@ -52,7 +54,7 @@ class RMSNorm(nn.Module):
 
     def __init__(
         self,
-        normalized_shape: NormalizedShape,
+        normalized_shape: int | Sequence[int],
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = False,
