@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from setpoint.proving import prove, results
     from setpoint.report import Report, diff
     from setpoint.report.proof import Proof
+    from setpoint.watching import watch
 
-__all__ = ["Proof", "Report", "__version__", "check", "diff", "fix", "load", "methods", "prove", "results"]
+__all__ = ["Proof", "Report", "__version__", "check", "diff", "fix", "load", "methods", "prove", "results", "watch"]
 
 _HOME = {
     "check": "setpoint.checkup",
@@ -31,6 +32,7 @@ _HOME = {
     "Proof": "setpoint.report.proof",
     "Report": "setpoint.report",
     "diff": "setpoint.report",
+    "watch": "setpoint.watching",
 }
 
 
