@@ -222,6 +222,7 @@ def test_ray_that_is_not_there_names_its_extra(own_study: Path, db: Path, monkey
         prove(str(own_study), executor="ray", store=db)
 
 
+@pytest.mark.slow
 def test_ray_gives_the_same_numbers(own_study: Path, db: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray")
     here = prove(str(own_study), jobs=1, store=db)
