@@ -143,14 +143,8 @@ def _put_module(model: nn.Module, parent: nn.Module, name: str, edit: Edit, undo
 
 def _put_tensor(model: nn.Module, parent: nn.Module, name: str, edit: Edit, undo: Undo) -> None:
     assert isinstance(edit.value, Tensor)
-    old: Tensor | None = parent._parameters.get(name)
-    table = "_parameters"
-    if old is None:
-        old = parent._buffers.get(name)
-        if name in parent._buffers:
-            table = "_buffers"
-        elif name not in parent._parameters and hasattr(parent, name):
-            raise InputError(f"{edit.path!r} is a {type(getattr(parent, name)).__name__}, not a tensor of the model")
+    table = _table_of(parent, name, edit.path, undo)
+    old: Tensor | None = getattr(parent, table).get(name)
     new = edit.value
     if table == "_parameters" and not isinstance(new, nn.Parameter):
         new = nn.Parameter(new.detach(), requires_grad=old.requires_grad if old is not None else True)
@@ -162,6 +156,18 @@ def _put_tensor(model: nn.Module, parent: nn.Module, name: str, edit: Edit, undo
         _fit_sizes(module, undo)
     if old is None or old.shape != new.shape:
         _slow_path(model, edit.path, undo)
+
+
+def _table_of(module: nn.Module, name: str, path: str, undo: Undo) -> str:
+    """Whether a name is, or would be, a parameter or a buffer of a module."""
+    if name in module._buffers:
+        return "_buffers"
+    if name not in module._parameters and hasattr(module, name):
+        if getattr(module, name) is not None or name not in module.__dict__:
+            raise InputError(f"{path!r} is a {type(getattr(module, name)).__name__}, not a tensor of the model")
+        del module.__dict__[name]  # a parameter that was left out, written `self.bias = None`
+        undo.append(lambda: module.__dict__.__setitem__(name, None))
+    return "_parameters"
 
 
 _MISSING = object()
@@ -240,11 +246,11 @@ def settle(model: nn.Module, name: str, tensor: Tensor) -> None:
     """
     parent_path, _, last = name.rpartition(".")
     parent = model.get_submodule(parent_path)
-    table = parent._buffers if last in parent._buffers else parent._parameters
-    if last not in table:
+    if not hasattr(parent, last):
         raise AttributeError(name)
-    old = table[last]
-    table[last] = tensor  # type: ignore[assignment]
+    table = getattr(parent, _table_of(parent, last, name, []))
+    old = table.get(last)
+    table[last] = tensor
     _fit_sizes(parent, [])
     if old is None or old.shape != tensor.shape:
         _slow_path(model, name, [])

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
+from setpoint.nn.attention.kv_bias import KVBias
 from setpoint.running import tensors_of
 
 
@@ -173,3 +175,59 @@ class CentredLinear(nn.Linear):
         """``(..., in_features)`` to ``(..., out_features)`` with zero mean."""
         bias = self.bias - self.bias.mean() if self.bias is not None else None
         return functional.linear(input, self.weight - self.weight.mean(0, keepdim=True), bias)
+
+
+class WithKVBias(Around):
+    """An attention with a learnable key and value in front of its own.
+
+    What the module hands to ``scaled_dot_product_attention`` is extended on the way, after any rotation and any cache.
+
+    Args:
+        inner: The attention.
+        num_kv_heads, head_dim, slot_logit, device, dtype: As `setpoint.nn.KVBias`.
+    """
+
+    def __init__(
+        self,
+        inner: nn.Module,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        slot_logit: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(inner)
+        self.kv_bias = KVBias(num_kv_heads, head_dim, slot_logit=slot_logit, device=device, dtype=dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the attention's."""
+        with _Extended(self.kv_bias):
+            return self.inner(*args, **kwargs)
+
+
+class _Extended(TorchFunctionMode):
+    """Puts a `KVBias` into every attention core that runs inside."""
+
+    def __init__(self, bias: KVBias) -> None:
+        super().__init__()
+        self.bias = bias
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        **rest: Any,
+    ) -> Tensor:
+        key, value, mask = self.bias(key, value, attn_mask, queries=query.shape[-2], causal=is_causal)
+        return functional.scaled_dot_product_attention(query, key, value, mask, dropout_p, **rest)

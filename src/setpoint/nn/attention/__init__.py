@@ -1,0 +1,1 @@
+"""What attention can be given, one file a method; import it from `setpoint.nn`."""
