@@ -152,18 +152,20 @@ def _table(found: list[StoredProof]) -> None:
     from rich.text import Text
 
     from setpoint.report.proof_terminal import STYLES
-    from setpoint.report.proof_words import amount_of, span_of
+    from setpoint.report.proof_words import estimate_of, span_of
 
-    table = Table("method", "budget", "verdict", "effect", "claim", "date", "", box=None, padding=(0, 2, 0, 0))
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in ("method", "budget", "verdict"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("effect and 95 % interval", ratio=2, overflow="fold")
+    table.add_column("claim", ratio=3, overflow="fold")
+    for name in ("date", ""):
+        table.add_column(name, no_wrap=True)
     for entry in found:
         proof = entry.proof
         for i, judgement in enumerate(proof.judgements):
             claim, effect = judgement.claim, judgement.effect
-            figure = (
-                "–"
-                if effect is None
-                else f"{amount_of(claim, effect.estimate, signed=True)} [{span_of(claim, effect)}]"
-            )
+            figure = "–" if effect is None else f"{estimate_of(claim, effect)} [{span_of(claim, effect)}]"
             first = i == 0
             table.add_row(
                 Text(proof.method, style="bold") if first else "",

@@ -70,7 +70,7 @@ def test_show_gives_the_last_result_of_a_proof() -> None:
     proof = Proof("near", "laptop", (StudyResult("walk", "Is it near?", (judgement,), (), "seed", (0, 1), {}),))
     proven = replace(METHOD, proof="near", result=json.loads(proof.to_json()))
     shown = text(render_method(proven))
-    assert "holds      it is nearer  +0.1235 km [+0.1 km to +0.2 km]" in shown
+    assert "holds      it is nearer  +0.123 km [+0.1 to +0.2 km]" in shown
     assert "laptop budget" in shown
     assert "setpoint prove near" in text(render_method(replace(proven, result=None)))
 

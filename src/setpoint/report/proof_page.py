@@ -76,7 +76,8 @@ def _curve(name: str, arms: Sequence[ArmResult], id_: str) -> Figure:
     y_scale = _scale([value for row in rows for value in (row["low"], row["high"])])
     log = _geometric(sorted({row["x"] for row in rows}))
     x_scale = alt.Scale(type="log", nice=False) if log else alt.Scale(nice=False)
-    colour = alt.Color("s:N", title=None, sort=None, legend=alt.Legend(orient="top"))
+    legend = alt.Legend(orient="top", symbolOpacity=1, symbolType="stroke")
+    colour = alt.Color("s:N", title=None, sort=None, legend=legend)
     what, _, over = name.partition(" over ")
     across = over or "step"
     base = alt.Chart().encode(x=alt.X("x:Q", title=across, scale=x_scale, axis=alt.Axis(grid=False)), color=colour)
@@ -116,10 +117,11 @@ def _effect(judgement: Judgement, id_: str) -> Figure | None:
     unit = "times as good" if ratio else claim.unit or claim.metric.replace("_", " ")
     x = alt.X("low:Q", title=f"effect, {unit}", scale=scale, axis=alt.Axis(grid=False, tickCount=6, format="~g"))
     y = alt.Y("kind:N", title=None, sort=None, axis=alt.Axis(ticks=False, domain=False))
+    once = alt.InlineData(values=[{}])  # on the chart's own data each row would draw it again
     layers = [
-        alt.Chart().mark_rect(style="zone").encode(x=alt.X(datum=low, type="quantitative"), x2=alt.datum(high)),
-        alt.Chart().mark_rule(style="none").encode(x=alt.datum(none)),
-        alt.Chart().transform_filter("isValid(datum.low)").mark_rule(strokeWidth=3).encode(x=x, x2="high:Q", y=y),
+        alt.Chart(once).mark_rect(style="zone").encode(x=alt.X(datum=low, type="quantitative"), x2=alt.datum(high)),
+        alt.Chart(once).mark_rule(style="none").encode(x=alt.datum(none)),
+        alt.Chart().transform_filter("isValid(datum.low)").mark_rule(style="span").encode(x=x, x2="high:Q", y=y),
         alt.Chart()
         .transform_filter("isValid(datum.mid)")
         .mark_point(filled=True, size=90, opacity=1)
@@ -136,7 +138,7 @@ def _effect(judgement: Judgement, id_: str) -> Figure | None:
     if isinstance(claim.criterion, Shape):
         layers.pop(1)  # a parameter of a form has no "none"
     chart = alt.layer(*layers)
-    middle = proof_words.amount_of(claim, effect.estimate, signed=True)
+    middle = proof_words.estimate_of(claim, effect)
     words = f"Effect {middle}, interval {proof_words.span_of(claim, effect)}."
     return _figure(chart, id_, rows, _zone_words(judgement), words, height=110)
 
@@ -214,7 +216,7 @@ def _figure(
     spec = chart.properties(data=alt.NamedData(id_), width="container", height=height).to_dict()
     for key in ("$schema", "config"):  # the page knows the version and has its own theme
         spec.pop(key, None)
-    spec["datasets"] = {id_: rows}
+    spec.setdefault("datasets", {})[id_] = rows  # there may be one of a single row already
     spec["description"] = words
     return Figure(id_, title, words, spec, wide=False)
 

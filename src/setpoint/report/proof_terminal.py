@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from setpoint.report.proof_words import amount_of, cost_of, criterion_of, setting_of, span_of
+from setpoint.report.proof_words import cost_of, criterion_of, estimate_of, setting_of, span_of
 from setpoint.report.wording import plural
 from setpoint.types.proving import Judgement, StudyResult, Verdict
 
@@ -50,7 +50,7 @@ def summary(proof: Proof) -> Text:
     lines = []
     for judgement in proof.judgements:
         claim, effect = judgement.claim, judgement.effect
-        figure = "" if effect is None else f"  {amount_of(claim, effect.estimate, signed=True)}"
+        figure = "" if effect is None else f"  {estimate_of(claim, effect)}"
         span = "" if effect is None else f" [{span_of(claim, effect)}]"
         lines.append(
             Text.assemble(
@@ -84,7 +84,7 @@ def effect_text(judgement: Judgement) -> Text:
     if effect is None:
         return Text(judgement.reason)
     return Text.assemble(
-        (amount_of(claim, effect.estimate, signed=True), "bold"),
+        (estimate_of(claim, effect), "bold"),
         f"  [{span_of(claim, effect)}]\n",
         (f"bootstrap [{span_of(claim, effect, bootstrap=True)}]; {judgement.reason}", "dim"),
     )

@@ -12,8 +12,8 @@ VERDICTS: Mapping[Verdict, str] = {"holds": "good", "reversed": "error", "no eff
 """The colour each verdict has."""
 
 
-def amount_of(claim: Claim, value: float, *, signed: bool = False) -> str:
-    """An effect or a bound in the claim's unit; a ratio as a percentage, or as a multiple where that reads better.
+def amount_of(claim: Claim, value: float, *, signed: bool = False, factor: bool = False) -> str:
+    """An effect or a bound in the claim's unit; a ratio as a percentage, or as a factor where that reads better.
 
     >>> claim = Claim("faster", Better(0.5), "steps", "a", "b", scale="ratio")
     >>> amount_of(claim, 0.02, signed=True), amount_of(claim, 6.5), amount_of(claim, -0.013)
@@ -21,8 +21,18 @@ def amount_of(claim: Claim, value: float, *, signed: bool = False) -> str:
     """
     sign = "−" if value < 0 else "+" if signed and value > 0 else ""
     if claim.scale == "ratio":
-        return f"{1 + value:.3g} ×" if value >= 1 else f"{sign}{100 * abs(value):.3g} %"
-    return sign + number(abs(value)) + (f" {claim.unit}" if claim.unit else "")
+        return f"{1 + value:.3g} ×" if factor or value >= 1 else f"{sign}{100 * abs(value):.3g} %"
+    return sign + number(float(f"{abs(value):.3g}")) + (f" {claim.unit}" if claim.unit else "")
+
+
+def estimate_of(claim: Claim, effect: Interval) -> str:
+    """The estimate of an effect.
+
+    >>> claim = Claim("lower", Better(0.5), "loss", "a", "b", unit="nats")
+    >>> estimate_of(claim, Interval(0.2, -0.1, 0.5, 0.0, 0.4, 3))
+    '+0.2 nats'
+    """
+    return amount_of(claim, effect.estimate, signed=not isinstance(claim.criterion, Shape), factor=_large(effect))
 
 
 def zone_of(claim: Claim, bound: float) -> str:
@@ -41,11 +51,20 @@ def span_of(claim: Claim, effect: Interval, *, bootstrap: bool = False) -> str:
 
     >>> claim = Claim("lower", Better(0.5), "loss", "a", "b", unit="nats")
     >>> span_of(claim, Interval(0.2, -0.1, 0.5, 0.0, 0.4, 3))
-    '−0.1 nats to +0.5 nats'
+    '−0.1 to +0.5 nats'
     """
     low, high = (effect.bootstrap_low, effect.bootstrap_high) if bootstrap else (effect.low, effect.high)
-    signed = not isinstance(claim.criterion, Shape)
-    return f"{amount_of(claim, low, signed=signed)} to {amount_of(claim, high, signed=signed)}"
+    signed, factor = not isinstance(claim.criterion, Shape), _large(effect)
+    ends = [amount_of(claim, end, signed=signed, factor=factor) for end in (low, high)]
+    unit = (
+        f" {claim.unit}" if claim.unit and claim.scale != "ratio" else " ×" if factor and claim.scale == "ratio" else ""
+    )
+    return f"{ends[0].removesuffix(unit)} to {ends[1]}"
+
+
+def _large(effect: Interval) -> bool:
+    """Whether a ratio is so large anywhere that all of it reads better as a factor."""
+    return max(effect.estimate, effect.high) >= 1
 
 
 def criterion_of(claim: Claim) -> str:

@@ -27,7 +27,7 @@ WIDTH = 100
 TEST, VALID = 500, 200
 REACHED = 0.95
 TRAINED = 0.90
-RATES = (0.1, 0.5, 2.0, 8.0, 32.0)
+RATES = (0.02, 0.1, 0.5, 2.0, 8.0)
 
 
 @cache

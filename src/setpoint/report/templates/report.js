@@ -22,7 +22,8 @@ function config() {
     },
     style: {
       threshold: { color: shade("error"), strokeDash: [5, 4], strokeWidth: 1.25 },
-      zone: { fill: shade("soft"), opacity: 0.14 },
+      zone: { color: shade("soft"), opacity: 0.16 },
+      span: { color: shade("ink"), strokeWidth: 3 },
       none: { color: shade("soft"), strokeDash: [2, 3], strokeWidth: 1 },
     },
   };

@@ -212,8 +212,8 @@ def _reason(claim: Claim, verdict: Verdict, effect: Interval, control: Interval 
 
 
 _PHRASES: Mapping[tuple[str, Verdict], str] = {
-    ("Better", "holds"): "is above 0 and the estimate reaches {bound}",
-    ("Better", "reversed"): "is all below 0",
+    ("Better", "holds"): "is all on the better side and the estimate reaches {bound}",
+    ("Better", "reversed"): "is all on the worse side",
     ("Better", "no effect"): "lies within {zone}, the smallest effect that matters",
     ("Better", "undecided"): "allows more than one answer (smallest effect that matters: {bound})",
     ("NotWorse", "holds"): "is all above the margin of −{bound}",
