@@ -378,3 +378,38 @@ def test_an_addition_in_a_module_around_the_blocks_is_a_block_of_its_own() -> No
     first = blocks[0].output
     assert first is not None
     assert (first.module, first.side) == ("0.layers.0", "input")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_scripted_function_in_a_forward_is_unread_and_an_attribute_is_not() -> None:
+    @torch.jit.script
+    def squash(x: torch.Tensor) -> torch.Tensor:
+        return x / (1.0 + x.abs())
+
+    class Squashed(Unit):
+        def __init__(self, function: Any) -> None:
+            super().__init__(16, "pre")
+            self.slope, self.function = torch.linspace(0.5, 1.0, 16), function
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.down(self.up(self.function(self.norm(x) * self.slope)))  # type: ignore[no-any-return]
+
+    model = nn.Sequential(Squashed(torch.tanh), Squashed(squash))
+    found = [(part.name, part.reason.split(" (")[0]) for part in Anatomy.trace(model, batch()).unread]
+    assert found == [("1.up", "reads a tensor that no call seen here made")]
+
+
+def test_a_learned_query_is_projected_like_any_other() -> None:
+    class Pool(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unit, self.probe = Unit(16, "pre"), nn.Parameter(torch.randn(1, 1, 16))
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.unit(x)
+            return self.attention(self.probe.repeat(len(x), 1, 1), x, x)[0]  # type: ignore[no-any-return]
+
+    anatomy = Anatomy.trace(Pool(), batch())
+    assert anatomy.unread == ()
+    assert [block.name for block in anatomy.blocks] == ["unit"]

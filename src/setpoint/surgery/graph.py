@@ -85,7 +85,8 @@ class Graph:
             self.lookups[node.outputs[0].index] = table
         # code that can't be seen and has a matrix of its own is taken for a layer
         hidden = node.op == "opaque" and any(v.kind == "parameter" and v.tensor.dim() > 1 for v in node.inputs)
-        if weight is None and node.op in CONTRACTIONS and any(map(self._is_computed, node.inputs)):
+        fed = any(v.floating and (v.kind == "input" or self.signal & bit(v)) for v in node.inputs)
+        if weight is None and fed and node.op in CONTRACTIONS and any(map(self._is_computed, node.inputs)):
             self.computed.append(node)
             hidden = True
         opaque = weight is not None or core or node.op in CONTRACTIONS or table is not None or hidden
@@ -99,7 +100,6 @@ class Graph:
             heavy |= above if weight is not None or hidden else self.heavy.get(value.index, 0)
             if not opaque and value.floating:
                 light |= self.light.get(value.index, 0) | own
-        fed = any(v.floating and (v.kind == "input" or self.signal & bit(v)) for v in node.inputs)
         for value in node.outputs:
             if value.floating and (fed or weight is not None or table is not None):
                 self.signal |= bit(value)
@@ -156,6 +156,8 @@ class Graph:
         found = [(seen, self.root(seen)) for seen in node.inputs]
         matrices = [(seen, root) for seen, root in found if root.kind == "parameter" and root.tensor.dim() >= 2]
         sources = [seen for seen, root in found if root.kind != "parameter" and seen.floating]
+        if not sources and node.op == "linear" and len(matrices) > 1:  # a learned query is projected
+            sources, matrices = [matrices[0][0]], matrices[1:]
         if not matrices or not sources:
             return None
         (seen, root), source = matrices[0], sources[0]

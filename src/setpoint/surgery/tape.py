@@ -90,6 +90,7 @@ class Tape(TorchFunctionMode):
         self.outputs: list[Value] = []
         self.opaque: list[tuple[str, str]] = []
         self._known: dict[int, Value] = {}
+        self._kept = {id(t) for m in model.modules() for a in vars(m).values() for t in _tensors_in(a)}
         self._names: dict[Any, str] = {}
         self._counts: dict[str, int] = {}
         self._top = Call("", None, 0, None)
@@ -109,6 +110,14 @@ class Tape(TorchFunctionMode):
     def value_of(self, tensor: Tensor, kind: str = "constant") -> Value:
         """The current value of a tensor; one that was never seen is entered as ``kind``."""
         return self._known.get(id(tensor)) or self._add(tensor, kind)
+
+    def _read(self, tensor: Tensor, reader: str, kind: str) -> Value:
+        """The value of an argument; one that came from nowhere is noted, since what made it can't be followed."""
+        known = self._known.get(id(tensor))
+        if known is None and tensor.is_floating_point() and tensor.numel() > 1 and id(tensor) not in self._kept:
+            reason = "reads a tensor that no call seen here made (a scripted function, or a constant kept elsewhere)"
+            self.opaque.append((reader, reason))
+        return known or self._add(tensor, kind)
 
     # operations ------------------------------------------------------------------------------------------------------
 
@@ -147,7 +156,7 @@ class Tape(TorchFunctionMode):
         outputs: list[Tensor],
         changed: Tensor | None,
     ) -> None:
-        inputs = [self.value_of(t) for t in tensors_of(args, kwargs)]
+        inputs = [self._read(t, self._stack[-1].name, "constant") for t in tensors_of(args, kwargs)]
         fresh = [t for t in outputs if id(t) not in self._known]
         if changed is not None and all(t is not changed for t in fresh):
             fresh.insert(0, changed)
@@ -189,7 +198,11 @@ class Tape(TorchFunctionMode):
             ordinal = self._counts.get(name, 0)
             self._counts[name] = ordinal + 1
             call = Call(name, module, ordinal, self._stack[-1], args=args, kwargs=kwargs)
-            call.inputs = [self.value_of(t, "input") for t in tensors_of(args, kwargs)]
+            given = tensors_of(args, kwargs)
+            if self._stack[-1] is self._top:
+                call.inputs = [self.value_of(t, "input") for t in given]
+            else:
+                call.inputs = [self._read(t, name, "input") for t in given]
             self._stack[-1].children.append(call)
             self._stack.append(call)
             self.calls.append(call)
@@ -267,6 +280,14 @@ class Tape(TorchFunctionMode):
         if scripted:
             handles.append(register_module_forward_hook(self._scripted(scripted), with_kwargs=True))
         return handles
+
+
+def _tensors_in(attribute: Any) -> list[Tensor]:
+    """Tensors that a module keeps as an attribute, in a list or in a dict."""
+    if isinstance(attribute, dict):
+        attribute = list(attribute.values())
+    found = attribute if isinstance(attribute, list | tuple) else [attribute]
+    return [item for item in found if isinstance(item, Tensor)]
 
 
 def _inside(name: str, outer: str) -> bool:
