@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from setpoint.probe import record
-from setpoint.probe.recorder_attention import attention_rows, settle_rows, spread_rows
+from setpoint.probe.recorder_attention import attention_rows, settle_cores, spread_rows
 from setpoint.probe.statistics import AttentionStatistics
 from setpoint.types import AttentionRecord, Site, Tap
 
 
 def attention_statistics(query: Tensor, key: Tensor, **options: Any) -> AttentionStatistics:
-    return settle_rows(attention_rows(query, key, **options))
+    return settle_cores([attention_rows(query, key, **options)])[0]
 
 
 ATTENTION = Site("attention", "attention", Tap("", "output"))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from setpoint.probe.stat_kernels import sum_of_squares
-from setpoint.probe.stat_observe import Selection, Stream, observe
+from setpoint.probe.stat_observe import Later, Selection, Stream, observe, settle_all
 from setpoint.probe.stat_scratch import Scratch, chunk_rows
 from setpoint.probe.statistics import BINS, MANTISSA_BITS, Magnitudes, Moments, Peaks, SiteStatistics, bin_edge
 from setpoint.types import Record, Site, Stat, Tap
@@ -317,12 +317,11 @@ def test_scratch_made_under_inference_mode_serves_outside_it() -> None:
 
 def test_work_put_off_gives_what_work_done_at_once_gives() -> None:
     values, before = torch.randn(3, 40, 12), torch.randn(3, 40, 12)
-    later: list[Any] = []
-    statistics = SiteStatistics(EVERYTHING, Peaks(8))
-    observe(values.flatten(0, 1), 40, statistics, Scratch(), later=later, stream=Stream(before.flatten(0, 1)))
+    later: Later = []
+    statistics, scratch = SiteStatistics(EVERYTHING, Peaks(8)), Scratch()
+    observe(values.flatten(0, 1), 40, statistics, scratch, later=later, stream=Stream(before.flatten(0, 1)))
     assert statistics.tokens == 0
-    for settle in later:
-        settle()
+    settle_all(later, scratch)
     put_off, at_once = statistics.record(SITE), observed(values, stream=Stream(before.flatten(0, 1)))
     assert put_off.peaks == at_once.peaks
     for name in ("mean", "variance", "fourth_moment", "median", "cosine", "angle", "step_ratio", "zeros", "tokens"):

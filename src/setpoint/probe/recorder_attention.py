@@ -71,11 +71,15 @@ class RowSums:
     visible: Tensor
     usable: Tensor | None
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What must be equal, or the same tensor, for rows of different cores to be settled together."""
+        return (self.top.shape, self.top.device, id(self.visible), id(self.usable))
+
     def settle(self) -> AttentionStatistics:
         """Sums per head, over rows that see more than one key."""
-        top, total, first, spread, seen = (
-            to_numpy(t) for t in (self.top, self.total, self.first, self.spread, self.visible)
-        )
+        top, total, first, spread = to_numpy(torch.stack((self.top, self.total, self.first, self.spread)))
+        seen = to_numpy(self.visible)
         with np.errstate(divide="ignore", invalid="ignore"):
             entropy = (np.log(total) - spread / _LOG2_E / total) / np.log(np.maximum(seen, 2))
             largest = 1 / total
@@ -225,12 +229,31 @@ def logit_rows(logits: Tensor, heads: int | None, rows: int, valid: Tensor | Non
     return parts
 
 
-def settle_rows(parts: Sequence[RowSums]) -> AttentionStatistics:
-    """The statistics of all parts together."""
-    total = parts[0].settle()
-    for part in parts[1:]:
-        total.add(part.settle())
-    return total
+def settle_cores(cores: Sequence[Sequence[RowSums]]) -> list[AttentionStatistics]:
+    """The statistics of each core, from its parts; parts of one kind together, as heads of one large core."""
+    alike: dict[tuple[object, ...], list[tuple[int, RowSums]]] = {}
+    for number, parts in enumerate(cores):
+        for part in parts:
+            alike.setdefault(part.kind, []).append((number, part))
+    found: list[AttentionStatistics | None] = [None] * len(cores)
+    for several in alike.values():
+        first = several[0][1]
+        joined = RowSums(
+            lowest=torch.cat([part.lowest for _, part in several]),
+            top=torch.cat([part.top for _, part in several], 1),
+            total=torch.cat([part.total for _, part in several], 1),
+            first=torch.cat([part.first for _, part in several], 1),
+            spread=torch.cat([part.spread for _, part in several], 1),
+            visible=first.visible,
+            usable=first.usable,
+        ).settle()
+        for (number, _), statistics in zip(several, joined.split(len(several)), strict=True):
+            earlier = found[number]
+            if earlier is None:
+                found[number] = statistics
+            else:
+                earlier.add(statistics)
+    return [statistics for statistics in found if statistics is not None]
 
 
 def _body(function: FunctionType) -> Callable[..., Any]:

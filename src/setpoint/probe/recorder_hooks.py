@@ -17,7 +17,6 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -25,11 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.errors import InputError, nearest
-from setpoint.probe.recorder_attention import CoreListener, RowSums, settle_rows
+from setpoint.probe.recorder_attention import CoreListener, RowSums, settle_cores
 from setpoint.probe.recorder_gradient import ParameterWatch, gather, in_backward, watch_gradient
 from setpoint.probe.recorder_inputs import Inputs
 from setpoint.probe.stat_kernels import sum_of_squares
-from setpoint.probe.stat_observe import Stream, observe
+from setpoint.probe.stat_observe import Later, Stream, observe, settle_all
 from setpoint.probe.stat_scratch import Scratch
 from setpoint.probe.statistics import AttentionStatistics, Magnitudes, Peaks, SiteStatistics, merge_sites
 from setpoint.running import plain_execution, tensors_of, unwrap
@@ -106,7 +105,8 @@ class Recorder:
         self._calls: dict[str, int] = defaultdict(int)
         self._stream: _Written | None = None
         self._cores: list[_Cores] = []
-        self._later: list[Callable[[], None]] = []
+        self._later: Later = []
+        self._later_cores: list[tuple[str, list[RowSums]]] = []
         self._listener = CoreListener(self._core_found, query_rows, self._inputs.valid_queries)
         self._order: dict[str, None] = {}
         self._first_sequence = 0
@@ -256,9 +256,15 @@ class Recorder:
         """Close the pass that may be open."""
         self._stream = None
         self._cores.clear()
-        for settle in self._later:
-            settle()
+        settle_all(self._later, self._scratch)
         self._later.clear()
+        names = [name for name, _ in self._later_cores]
+        for name, statistics in zip(names, settle_cores([rows for _, rows in self._later_cores]), strict=True):
+            if name in self._attention:
+                self._attention[name].add(statistics)
+            else:
+                self._attention[name] = statistics
+        self._later_cores.clear()
         self._parameters.commit()
 
     def _catch(self, sites: Sequence[Site], call: int, carried: Any) -> None:
@@ -319,14 +325,7 @@ class Recorder:
         with quiet(None):
             parts = compute()
         self._order.setdefault(site.name)
-        self._later.append(partial(self._settle_core, site.name, parts))
-
-    def _settle_core(self, name: str, parts: list[RowSums]) -> None:
-        statistics = settle_rows(parts)
-        if name in self._attention:
-            self._attention[name].add(statistics)
-        else:
-            self._attention[name] = statistics
+        self._later_cores.append((site.name, parts))
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 

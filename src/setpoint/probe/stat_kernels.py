@@ -17,13 +17,14 @@ infinity or a NaN.
 
 Between two large matrix products everything else has left the processor's cache, and the first run of any piece of
 code costs 20 to 30 µs, twenty times the second. So a hook launches few and always the same operations, reads one small
-tensor to see that the sums are sound, and leaves its results where they are; the arithmetic on them (`settle_chunk`
+tensor to see that the sums are sound, and leaves its results where they are; the arithmetic on them (`settle_chunks`
 and what calls it) waits for the end of the pass.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +48,7 @@ class Chunk:
 
     Args:
         moments: Of its values.
-        channels: Per-channel sums, None when not needed.
+        channels: Per-channel sums, None when not taken.
         row_squares: Shape ``(rows,)``: squared L2 norms; None when not needed. NaN where a row is not finite.
     """
 
@@ -102,18 +103,29 @@ def about_the_mean(x: Tensor, space: Workspace, scratch: Scratch) -> Moments | N
     return Moments.from_sums(x.numel(), tuple(sums), float(x.amin()), float(x.amax()), shift)
 
 
-def settle_chunk(wanted: frozenset[Stat], per_row: bool, space: Workspace, moments: Moments | None) -> Chunk:
-    """Read a workspace: `launch_chunk`'s sums, with ``moments`` in place of its own if given."""
-    t, s, high, low = to_numpy(space.sums[:4])
-    rows = space.square.shape[0]
-    if moments is None:
-        _, _, s3, s4 = space.scalars.tolist()
-        sums = (float(t.sum()), float(s.sum()), s3, s4)
-        moments = Moments.from_sums(space.flat.numel(), sums, float(low.min()), float(high.max()))
-    channels = None
-    if wanted & PER_CHANNEL:
-        channels = Channels(np.full(len(t), float(rows)), t, s, np.maximum(high, -low))
-    return Chunk(moments, channels, to_numpy(space.rows[0]) if per_row else None)
+def settle_chunks(spaces: Sequence[Workspace], moments: Sequence[Moments | None], per_row: bool) -> list[Chunk]:
+    """Read workspaces of one shape together: on arrays this small a call costs more than its arithmetic.
+
+    Args:
+        spaces: Where `launch_chunk` left its sums.
+        moments: Those that take the place of a workspace's own, None where its own hold.
+        per_row: Whether squared row norms are needed.
+    """
+    columns = to_numpy(torch.stack([space.sums[:4] for space in spaces]))
+    scalars = to_numpy(torch.stack([space.scalars for space in spaces])).tolist()
+    rows = to_numpy(torch.stack([space.rows[0] for space in spaces])) if per_row else None
+    totals, squares, highest, lowest = (columns[:, i] for i in range(4))
+    with np.errstate(invalid="ignore"):  # an infinity; that chunk went the careful way
+        sums = zip(totals.sum(1).tolist(), squares.sum(1).tolist(), strict=True)
+    ends = zip(lowest.min(1).tolist(), highest.max(1).tolist(), strict=True)
+    largest = np.maximum(highest, -lowest)
+    length, width = spaces[0].square.shape
+    chunks = []
+    for i, ((s1, s2), (low, high)) in enumerate(zip(sums, ends, strict=True)):
+        own = moments[i] or Moments.from_sums(length * width, (s1, s2, scalars[i][2], scalars[i][3]), low, high)
+        channels = Channels(np.full(width, float(length)), totals[i], squares[i], largest[i])
+        chunks.append(Chunk(own, channels, None if rows is None else rows[i]))
+    return chunks
 
 
 def reduce_plainly(x: Tensor) -> Moments:
@@ -139,7 +151,7 @@ def reduce_plainly(x: Tensor) -> Moments:
 
 @dataclass(slots=True)
 class Columns:
-    """Per-channel reductions that read the values and write nothing of their size; `settle` turns them into sums.
+    """Per-channel reductions that read the values and write nothing of their size; `settle_columns` makes them sums.
 
     Args:
         rows: How many rows were reduced.
@@ -153,15 +165,23 @@ class Columns:
     top: Tensor
     bottom: Tensor
 
-    def settle(self) -> Chunk:
-        """Moments over all values and sums per channel, in float64."""
-        rows = float(self.rows)
-        mean, high, low = to_numpy(self.mean), to_numpy(self.top), to_numpy(self.bottom)
-        total, squares = mean * rows, (to_numpy(self.variance) + mean * mean) * rows
-        sums = (float(total.sum()), float(squares.sum()), 0.0, 0.0)
-        moments = Moments.from_sums(self.rows * len(mean), sums, float(low.min()), float(high.max()))
-        channels = Channels(np.full(len(mean), rows), total, squares, np.maximum(high, -low))
-        return Chunk(moments, channels, None)
+
+def settle_columns(columns: Sequence[Columns]) -> list[Chunk]:
+    """Moments over all values and sums per channel, in float64, of reductions of one width."""
+    width = len(columns[0].mean)
+    stacked = torch.stack([t for c in columns for t in (c.mean, c.variance, c.top, c.bottom)])
+    mean, variance, highest, lowest = np.moveaxis(to_numpy(stacked).reshape(-1, 4, width), 1, 0)
+    rows = np.array([[float(c.rows)] for c in columns])
+    totals, squares = mean * rows, (variance + mean * mean) * rows
+    sums = zip(totals.sum(1).tolist(), squares.sum(1).tolist(), strict=True)
+    ends = zip(lowest.min(1).tolist(), highest.max(1).tolist(), strict=True)
+    largest = np.maximum(highest, -lowest)
+    chunks = []
+    for i, ((s1, s2), (low, high)) in enumerate(zip(sums, ends, strict=True)):
+        moments = Moments.from_sums(columns[i].rows * width, (s1, s2, 0.0, 0.0), low, high)
+        channels = Channels(np.full(width, float(columns[i].rows)), totals[i], squares[i], largest[i])
+        chunks.append(Chunk(moments, channels, None))
+    return chunks
 
 
 def launch_columns(x: Tensor) -> Columns | None:

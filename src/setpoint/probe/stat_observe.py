@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from setpoint.probe.stat_kernels import (
+    PER_CHANNEL,
     Chunk,
     Columns,
     about_the_mean,
@@ -23,7 +23,8 @@ from setpoint.probe.stat_kernels import (
     launch_columns,
     reduce_carefully,
     reduce_plainly,
-    settle_chunk,
+    settle_chunks,
+    settle_columns,
     settle_magnitudes,
 )
 from setpoint.probe.stat_scratch import Scratch, Workspace, chunk_rows, to_numpy
@@ -64,15 +65,19 @@ class Selection:
 
 
 @dataclass(slots=True)
-class _Waiting:
-    """What a chunk's operations left behind, until it is settled.
+class Waiting:
+    """What a chunk's operations left behind, until `settle_all`.
 
     ``chunk`` is there already if the chunk went the careful way. ``directions`` are the sums of unit vectors, shape
     ``(sequences, channels)``; ``given`` the squared norms of the rows at the block's input.
     """
 
+    statistics: SiteStatistics
     space: Workspace
     places: range | Tensor
+    length: int
+    first_sequence: int
+    per_row: bool
     chunk: Chunk | None = None
     moments: Moments | None = None
     counts: tuple[Tensor, int] | None = None
@@ -88,13 +93,25 @@ class _Waiting:
         return self.chunk is None
 
 
+@dataclass(slots=True)
+class WaitingColumns:
+    """The like for a chunk that was reduced by column; ``active`` counts its values that are not zero."""
+
+    statistics: SiteStatistics
+    columns: Columns
+    active: Tensor | float
+
+
+Later = list[Waiting | WaitingColumns]
+
+
 def observe(
     values: Tensor,
     length: int,
     statistics: SiteStatistics,
     scratch: Scratch,
     *,
-    later: list[Callable[[], None]] | None = None,
+    later: Later | None = None,
     first_sequence: int = 0,
     selection: Selection | None = None,
     stream: Stream | None = None,
@@ -106,7 +123,8 @@ def observe(
         length: Positions of one sequence.
         statistics: What is kept of the site; changed in place.
         scratch: Buffers.
-        later: Receives what remains to be done, at most one small piece per call; None to do all at once.
+        later: Receives what remains to be done by `settle_all`, at most one small piece per call; None to do all at
+            once.
         first_sequence: Number of the first sequence, for the positions of peaks.
         selection: Padding and token groups.
         stream: The block's input, of the shape of ``values``, for `Stat.STEP`.
@@ -134,7 +152,8 @@ def observe(
             continue
         space = scratch.workspace(x)
         places = range(start, stop) if chosen is None else chosen
-        waiting = _launch(x, places, statistics, space, scratch, per_row)
+        waiting = Waiting(statistics, space, places, length, first_sequence, per_row)
+        _launch(x, waiting, scratch)
         if directions is not None:
             if cut or not waiting.sound:
                 directions.add(x, waiting)
@@ -145,11 +164,10 @@ def observe(
             _launch_step(x, before, stream.squares if keep is None and count <= step else None, waiting)
         for name, mask in groups.items():
             waiting.inside[name] = mask[start:stop] if chosen is None else mask[chosen]
-        settle = partial(_settle, waiting, statistics, scratch, length, first_sequence, per_row)
         if later is None:
-            settle()
+            settle_all([waiting], scratch)
         else:
-            later.append(settle)
+            later.append(waiting)
             if per_row and keep is None and waiting.sound:
                 return space.rows[0]
     if directions is not None:
@@ -171,9 +189,7 @@ def _observe_plainly(values: Tensor, statistics: SiteStatistics, scratch: Scratc
         statistics.moments.add(reduce_plainly(x))
 
 
-def _observe_columns(
-    x: Tensor, statistics: SiteStatistics, scratch: Scratch, later: list[Callable[[], None]] | None
-) -> bool:
+def _observe_columns(x: Tensor, statistics: SiteStatistics, scratch: Scratch, later: Later | None) -> bool:
     """A chunk of a site whose statistics are all sums and extremes by column; False if it can't be taken that way."""
     columns = launch_columns(x) if x.device.type == "cpu" else None
     if columns is None:
@@ -184,11 +200,11 @@ def _observe_columns(
         torch.ne(x, 0, out=space.square)
         active = torch.mm(space.ones, space.square)[0]
         scratch.release(space)
-    settle = partial(_settle_columns, columns, active, statistics)
+    waiting = WaitingColumns(statistics, columns, active)
     if later is None:
-        settle()
+        settle_all([waiting], scratch)
     else:
-        later.append(settle)
+        later.append(waiting)
     return True
 
 
@@ -206,15 +222,13 @@ def _load(values: Tensor, start: int, stop: int, chosen: Tensor | None, name: st
 # -- in the hook: operations on the chunk ------------------------------------------------------------------------------
 
 
-def _launch(
-    x: Tensor, places: range | Tensor, statistics: SiteStatistics, space: Workspace, scratch: Scratch, per_row: bool
-) -> _Waiting:
+def _launch(x: Tensor, waiting: Waiting, scratch: Scratch) -> None:
+    statistics, space = waiting.statistics, waiting.space
     wanted = statistics.wanted
-    waiting = _Waiting(space, places)
-    if launch_chunk(x, wanted, per_row, space):
+    if launch_chunk(x, wanted, waiting.per_row, space):
         waiting.moments = about_the_mean(x, space, scratch)
     else:
-        waiting.chunk = reduce_carefully(x, wanted, per_row)
+        waiting.chunk = reduce_carefully(x, wanted, waiting.per_row)
     if Stat.MEDIAN in wanted:
         if statistics.magnitudes is not None and statistics.magnitudes.values is not None:
             waiting.magnitudes = to_numpy(x[x.isfinite()].abs())  # exact: every magnitude is kept
@@ -230,10 +244,9 @@ def _launch(
     if Stat.ZEROS in wanted:  # the last to use the square
         torch.ne(x, 0, out=space.square)
         torch.mm(space.ones, space.square, out=space.parts[4])
-    return waiting
 
 
-def _launch_directions(x: Tensor, waiting: _Waiting, length: int) -> None:
+def _launch_directions(x: Tensor, waiting: Waiting, length: int) -> None:
     """Sum the unit vectors of whole sequences; a row of zeros adds nothing."""
     squares, weights = waiting.space.rows[0], waiting.space.rows[1]
     torch.clamp(squares, min=_SHORTEST, out=weights)
@@ -244,7 +257,7 @@ def _launch_directions(x: Tensor, waiting: _Waiting, length: int) -> None:
         waiting.directions = torch.bmm(weights.view(-1, 1, length), x.view(-1, length, x.shape[1])).squeeze(1)
 
 
-def _launch_step(x: Tensor, before: Tensor, known: Tensor | None, waiting: _Waiting) -> None:
+def _launch_step(x: Tensor, before: Tensor, known: Tensor | None, waiting: Waiting) -> None:
     space = waiting.space
     if known is None:
         torch.mul(before, before, out=space.square)
@@ -258,19 +271,40 @@ def _launch_step(x: Tensor, before: Tensor, known: Tensor | None, waiting: _Wait
 # -- after the pass: arithmetic on small results -----------------------------------------------------------------------
 
 
-def _settle(
-    waiting: _Waiting,
-    statistics: SiteStatistics,
-    scratch: Scratch,
-    length: int,
-    first_sequence: int,
-    per_row: bool,
-) -> None:
-    wanted, space = statistics.wanted, waiting.space
-    chunk = waiting.chunk or settle_chunk(wanted, per_row, space, waiting.moments)
+def settle_all(later: Sequence[Waiting | WaitingColumns], scratch: Scratch) -> None:
+    """Bring into the statistics what `observe` put off; chunks of one kind together.
+
+    Args:
+        later: What `observe` filled.
+        scratch: Takes the workspaces back.
+    """
+    columns: dict[int, list[WaitingColumns]] = {}
+    alike: dict[tuple[torch.Size, bool, bool], list[Waiting]] = {}
+    for waiting in later:
+        if isinstance(waiting, WaitingColumns):
+            columns.setdefault(len(waiting.columns.mean), []).append(waiting)
+        else:
+            kind = (waiting.space.square.shape, waiting.per_row, waiting.given is not None)
+            alike.setdefault(kind, []).append(waiting)
+    for group in columns.values():
+        for one, chunk in zip(group, settle_columns([one.columns for one in group]), strict=True):
+            _settle_columns(one, chunk)
+    for (_, per_row, stepped), several in alike.items():
+        spaces = [waiting.space for waiting in several]
+        chunks = settle_chunks(spaces, [waiting.moments for waiting in several], per_row)
+        chunks = [waiting.chunk or chunk for waiting, chunk in zip(several, chunks, strict=True)]
+        steps = _settle_steps(several, chunks) if stepped else [None] * len(several)
+        for waiting, chunk, angles in zip(several, chunks, steps, strict=True):
+            _settle(waiting, chunk, angles)
+            scratch.release(waiting.space)
+
+
+def _settle(waiting: Waiting, chunk: Chunk, angles: Array | None) -> None:
+    statistics, space, length = waiting.statistics, waiting.space, waiting.length
+    wanted = statistics.wanted
     statistics.tokens += len(waiting.places)
     statistics.moments.add(chunk.moments)
-    if chunk.channels is not None:
+    if chunk.channels is not None and wanted & PER_CHANNEL:
         statistics.add_channels(chunk.channels)
     if waiting.counts is not None:
         statistics.add_magnitudes(settle_magnitudes(*waiting.counts))
@@ -284,53 +318,56 @@ def _settle(
         columns, order = waiting.flagged
         found = largest_entries(to_numpy(columns), order.cpu().numpy(), statistics.peaks.size)
         place = _numbers(waiting.places)[found[:, 1].astype(np.int64)]
-        statistics.peaks.add(np.stack((found[:, 0], place // length + first_sequence, place % length, found[:, 2]), 1))
+        found[:, 1], place = place % length, place // length + waiting.first_sequence
+        statistics.peaks.add(np.insert(found, 1, place, axis=1))
     if Stat.ZEROS in wanted:
         statistics.add_active(to_numpy(space.parts[4][0]), space.flat.numel())
-    angles = None
     if chunk.row_squares is not None:
         if waiting.directions is not None:
             sums = to_numpy(waiting.directions)
             tokens = (chunk.row_squares > _SHORTEST).reshape(len(sums), -1).sum(1)
             for total, count in zip(sums, tokens.tolist(), strict=True):
                 statistics.add_cosine(float(total @ total), count)
-        if waiting.given is not None:
-            taken = np.square(to_numpy(space.rows[2]))
-            angles = _settle_step(chunk.row_squares, to_numpy(waiting.given), taken, statistics)
         for name, mask in waiting.inside.items():
             group = statistics.groups.setdefault(name, Group())
             _settle_group(group, chunk.row_squares, angles, mask.cpu().numpy())
-    scratch.release(space)
 
 
-def _settle_columns(columns: Columns, active: Tensor | float, statistics: SiteStatistics) -> None:
-    chunk = columns.settle()
-    statistics.tokens += columns.rows
+def _settle_columns(waiting: WaitingColumns, chunk: Chunk) -> None:
+    statistics, rows = waiting.statistics, waiting.columns.rows
+    statistics.tokens += rows
     statistics.moments.add(chunk.moments)
-    if chunk.channels is not None and Stat.CHANNELS in statistics.wanted:
+    assert chunk.channels is not None
+    if Stat.CHANNELS in statistics.wanted:
         statistics.add_channels(chunk.channels)
     if Stat.ZEROS in statistics.wanted:
-        width = len(columns.mean)
+        width, active = len(waiting.columns.mean), waiting.active
         found = to_numpy(active) if isinstance(active, Tensor) else np.full(width, active)
-        statistics.add_active(found, columns.rows * width)
+        statistics.add_active(found, rows * width)
 
 
-def _settle_step(squares: Array, given: Array, taken: Array, statistics: SiteStatistics) -> Array:
-    """Add the turn and the length of the step; return each row's angle in degrees.
+def _settle_steps(several: Sequence[Waiting], chunks: Sequence[Chunk]) -> list[Array | None]:
+    """Add the turn and the length of each step; return each row's angle in degrees.
 
     The angle comes from the chord between the two unit vectors, |u - v|² = (|x - y|² - (|x| - |y|)²) / (|x||y|), which
     keeps its digits for the smallest turns, where the arc cosine of a dot product has none left.
     """
+    squares = np.stack([chunk.row_squares for chunk in chunks if chunk.row_squares is not None])
+    given = to_numpy(torch.stack([waiting.given for waiting in several if waiting.given is not None]))
+    taken = np.square(to_numpy(torch.stack([waiting.space.rows[2] for waiting in several])))
     with np.errstate(divide="ignore", invalid="ignore"):
         norm, before = np.sqrt(squares), np.sqrt(given)
         chord = (taken - (norm - before) ** 2) / (norm * before)
-        angles: Array = np.degrees(2 * np.arcsin(np.sqrt(np.clip(chord, 0.0, 4.0)) / 2))
+        angles = np.degrees(2 * np.arcsin(np.sqrt(np.clip(chord, 0.0, 4.0)) / 2))
     usable = np.isfinite(angles)
-    statistics.angle += float(angles[usable].sum())
-    statistics.turned += int(usable.sum())
-    statistics.step_squares += float(taken[usable].sum())
-    statistics.input_squares += float(given[usable].sum())
-    return angles
+    sums = [np.where(usable, values, 0.0).sum(1).tolist() for values in (angles, taken, given)]
+    for waiting, angle, step, start, count in zip(several, *sums, usable.sum(1).tolist(), strict=True):
+        statistics = waiting.statistics
+        statistics.angle += angle
+        statistics.turned += count
+        statistics.step_squares += step
+        statistics.input_squares += start
+    return list(angles)
 
 
 def _settle_group(group: Group, row_squares: Array, angles: Array | None, inside: Counts) -> None:
@@ -352,7 +389,7 @@ class _Directions:
         self.sum: Array | None = None
         self.tokens = 0
 
-    def add(self, x: Tensor, waiting: _Waiting) -> None:
+    def add(self, x: Tensor, waiting: Waiting) -> None:
         squares = to_numpy(waiting.space.rows[0])
         if waiting.chunk is not None and waiting.chunk.row_squares is not None:
             squares = waiting.chunk.row_squares

@@ -389,6 +389,9 @@ _ADDITIVE = (
 )
 
 
+_PER_HEAD = ("rows", "entropy", "sink", "largest", "saturated", "logit_max")
+
+
 @dataclass(slots=True)
 class AttentionStatistics:
     """Sums over the query rows of one attention, per head; ``rows`` counts them. Arrays of shape (heads,)."""
@@ -403,10 +406,15 @@ class AttentionStatistics:
 
     def add(self, other: AttentionStatistics) -> None:
         """Join ``other`` to this."""
-        for name in ("rows", "entropy", "sink", "largest", "saturated"):
+        for name in _PER_HEAD[:-1]:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.logit_max = np.maximum(self.logit_max, other.logit_max)
         self.keys = max(self.keys, other.keys)
+
+    def split(self, parts: int) -> list[AttentionStatistics]:
+        """The heads in so many equal runs."""
+        runs = {name: np.split(getattr(self, name), parts) for name in _PER_HEAD}
+        return [AttentionStatistics(**{name: runs[name][i] for name in runs}, keys=self.keys) for i in range(parts)]
 
     def record(self, site: Site) -> AttentionRecord:
         """As the trace shows it."""
