@@ -62,6 +62,7 @@ class Graph:
         self.lookups: dict[int, int] = {}  # output value of a lookup -> which of its node's inputs is the table
         self.adapters: set[int] = set()  # output values of low-rank adapters: B of W·x + B·(A·x)
         self._compressions: set[int] = set()  # their A
+        self._inputs = sum(bit(value) for value in tape.values if value.kind == "input")
         for node in tape.nodes:
             for value in dict.fromkeys(node.inputs):
                 self.readers[value.index].append(node)
@@ -86,7 +87,7 @@ class Graph:
         # code that can't be seen and has a matrix of its own is taken for a layer
         hidden = node.op == "opaque" and any(v.kind == "parameter" and v.tensor.dim() > 1 for v in node.inputs)
         fed = any(v.floating and (v.kind == "input" or self.signal & bit(v)) for v in node.inputs)
-        if weight is None and fed and node.op in CONTRACTIONS and any(map(self._is_computed, node.inputs)):
+        if weight is None and fed and any(self._is_computed(v) for v in _matrices(node)):
             self.computed.append(node)
             hidden = True
         opaque = weight is not None or core or node.op in CONTRACTIONS or table is not None or hidden
@@ -101,7 +102,7 @@ class Graph:
             if not opaque and value.floating:
                 light |= self.light.get(value.index, 0) | own
         for value in node.outputs:
-            if value.floating and (fed or weight is not None or table is not None):
+            if value.floating and (fed or table is not None or (weight is not None and ancestors & self._inputs)):
                 self.signal |= bit(value)
             self.ancestors[value.index] = ancestors
             self.light[value.index] = light
@@ -241,7 +242,7 @@ class Graph:
         adapter = None
         for index in reversed(self.weights):  # entered in order of execution
             if index <= value.index and reach >> index & 1 and (not below or self.ancestors[index] & below):
-                if index not in self.adapters:
+                if index not in self.adapters and (not self.signal & bit(value) or self.signal >> index & 1):
                     return self.weights[index]
                 adapter = adapter or self.weights[index]
         return adapter
@@ -287,6 +288,13 @@ class Graph:
             if above.tensor.shape[-1:] == value.tensor.shape[-1:]:
                 found = list(self.taps(above))
         return found[0][1] if found else None
+
+
+def _matrices(node: Node) -> list[Value]:
+    """The inputs of a contraction that can be a layer's weight."""
+    if node.op not in CONTRACTIONS:
+        return []
+    return [value for value in node.inputs if value.tensor.dim() == 2 or node.op in CONVOLUTIONS]
 
 
 class Axes(NamedTuple):
