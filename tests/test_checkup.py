@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -61,9 +62,9 @@ def test_a_loss_brings_gradients() -> None:
     assert all(record.gradient_norm is not None for record in report.trace.parameters.values())
 
 
-def test_a_dtype_is_tried_on_a_copy() -> None:
+def test_a_dtype_is_tried_on_a_copy_and_batches_go_along() -> None:
     model = net()
-    report = setpoint.check(model, [torch.randn(2, 16, 32).bfloat16()], dtype="bfloat16")
+    report = setpoint.check(model, [torch.randn(2, 16, 32)], dtype="bfloat16")
     assert report.model.dtype == "bfloat16"
     assert next(model.parameters()).dtype == torch.float32
 
@@ -78,14 +79,95 @@ def test_ignored_findings_are_left_out() -> None:
     assert identity not in {finding.id for finding in again.findings}
 
 
+def test_an_ignored_code_that_nothing_raises_is_an_error() -> None:
+    with pytest.raises(InputError, match=r"no finding called 'dead-unit'.*dead-units"):
+        setpoint.check(net(), [torch.randn(2, 16, 32)], ignore=["dead-unit@0"])
+
+
+def test_one_code_may_be_a_plain_string() -> None:
+    model = net()
+    with torch.no_grad():
+        model[1].down.weight.fill_(float("inf"))
+    batch = torch.randn(2, 16, 32)
+    assert {f.code for f in setpoint.check(model, [batch], probes="non-finite").findings} == {"non-finite"}
+    assert "non-finite" not in {f.code for f in setpoint.check(model, [batch], ignore="non-finite").findings}
+
+
+def test_a_bare_tensor_or_dict_is_one_batch() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    x = torch.randn(2, 16, 32)
+    whole = setpoint.check(net(), [x]).trace
+    assert setpoint.check(net(), x).trace.sequences == whole.sequences == 2
+    assert setpoint.check(Keyword(), {"x": x}).trace.sequences == 2
+
+
+@pytest.mark.parametrize("given", [3, "text"])
+def test_batches_of_another_kind_are_named(given: object) -> None:
+    with pytest.raises(InputError, match="expected batches as a list of tensors, tuples or dicts"):
+        setpoint.check(net(), given)  # type: ignore[arg-type]
+
+
+def test_named_tuples_stay_named_tuples_on_the_way_to_a_dtype() -> None:
+    class Pair(NamedTuple):
+        x: Tensor
+        scale: Tensor
+
+    seen: list[type] = []
+
+    def forward(model: nn.Module, batch: Pair) -> Tensor:
+        seen.append(type(batch))
+        return model(batch.x * batch.scale)
+
+    setpoint.check(net(), [Pair(torch.randn(2, 16, 32), torch.ones(1))], forward=forward, dtype="bfloat16")
+    assert set(seen) == {Pair}
+
+
+def test_a_model_without_values_and_a_batch_of_nothing_are_refused() -> None:
+    with pytest.raises(InputError, match="meta device"):
+        setpoint.check(net().to("meta"), [torch.randn(2, 16, 32)])
+    with pytest.raises(InputError, match=r"a batch is empty: float32\[0, 16, 32\]"):
+        setpoint.check(net(), [torch.randn(0, 16, 32)])
+
+
+def test_a_report_prints_as_its_table_and_shows_as_one_line() -> None:
+    model = net()
+    with torch.no_grad():
+        model[1].down.weight.fill_(float("inf"))
+    report = setpoint.check(model, [torch.randn(2, 16, 32)])
+    assert repr(report).startswith("Report(Sequential: non-finite")
+    assert "\n" not in repr(report)
+    assert "severity" in str(report)
+    assert len(str(report).splitlines()) < 60
+    change = setpoint.diff(report, report)
+    assert "Nothing changed." in str(change)
+    assert repr(change) == "ReportDiff(Sequential → Sequential: 0 new, 0 gone, 0 changed)"
+
+
 def test_no_batches_is_an_error_that_says_what_to_give() -> None:
     with pytest.raises(InputError, match="at least one batch"):
         setpoint.check(net(), [])
 
 
-def test_a_batch_that_does_not_fit_names_the_failure() -> None:
-    with pytest.raises(InputError, match="could not be run"):
-        setpoint.check(net(), [torch.randn(2, 16, 33)])
+def test_the_batch_that_does_not_fit_is_named() -> None:
+    with pytest.raises(InputError, match=r"could not be run on a batch that is float32\[2, 16, 33\]"):
+        setpoint.check(net(), [torch.randn(2, 16, 32), torch.randn(2, 16, 33)])
+
+
+@pytest.mark.parametrize("error", [AttributeError, AssertionError, ZeroDivisionError, StopIteration])
+def test_whatever_the_model_raises_is_the_models(error: type[Exception]) -> None:
+    class Broken(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            raise error("half done")
+
+    with pytest.raises(InputError, match=r"could not be run.*half done"):
+        setpoint.check(Broken(4, 4), [torch.randn(2, 4)])
 
 
 def test_a_loss_that_fails_is_named_as_the_loss() -> None:

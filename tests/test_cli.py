@@ -38,6 +38,15 @@ def poisoned():
 
 def wrong():
     return 3
+
+def leaving():
+    raise SystemExit(0)
+
+def labelled():
+    net, (tokens,) = build()
+    def loss(logits, batch):
+        return nn.functional.cross_entropy(logits.flatten(0, 1), batch[1].flatten())
+    return net, [(tokens, tokens)], loss, lambda model, batch: model(batch[0])
 """
 
 
@@ -58,7 +67,7 @@ def run(*args: str) -> int:
 
 
 def test_a_healthy_model_of_ones_own_exits_with_zero(own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("check", "net_of_mine:build") == 0
+    assert run("check", "net_of_mine:build", "--fail-on", "warning") == 0
     assert "Net" in capsys.readouterr().out
 
 
@@ -133,3 +142,56 @@ def test_answers_that_need_no_tensor_do_not_load_the_tensor_library(args: list[s
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_factory_that_exits_is_no_success(own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", "net_of_mine:leaving", "--fail-on", "info") == 2
+    assert "failed while building the model: SystemExit" in capsys.readouterr().err
+
+
+def test_inputs_with_labels_are_run_as_the_factory_says(own_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", "net_of_mine:labelled", "--loss", "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["trace"]["loss"] == pytest.approx(4, abs=1.5)
+
+
+def test_control_c_says_that_it_stopped(
+    own_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("setpoint.checkup.check", interrupted)
+    assert run("check", "net_of_mine:build") == 130
+    assert capsys.readouterr().err.strip() == "setpoint: stopped"
+
+
+def test_a_fault_of_our_own_has_an_exit_code_of_its_own(
+    own_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise IndexError("a mistake of ours")
+
+    monkeypatch.setattr("setpoint.checkup.check", broken)
+    assert run("check", "net_of_mine:build", "--fail-on", "error") == 70
+    assert "please report it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("source", "hint"),
+    [
+        ("bert-base-uncased", "owner/name with --hub"),
+        ("net_of_mine:", "net_of_mine:FUNCTION"),
+        ("net_of_mine.py:build", "net_of_mine:build"),
+    ],
+)
+def test_a_source_that_is_nearly_right_is_told_how(
+    own_model: Path, capsys: pytest.CaptureFixture[str], source: str, hint: str
+) -> None:
+    assert run("check", source) == 2
+    assert hint in capsys.readouterr().err
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "setpoint", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("setpoint ")

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from setpoint import __version__
 from setpoint.errors import InputError
 from setpoint.loading import batches_for, describe_data, load, loss_for
+from setpoint.placing import as_batches, device_named, dtype_named, follow
 from setpoint.probe import registry
 from setpoint.probe.base import Subject
 from setpoint.probe.recorder import record
 from setpoint.report import ModelInfo, Report
-from setpoint.running import untouched
+from setpoint.running import tensors_of, untouched
 from setpoint.surgery import Anatomy
 from setpoint.types import Loaded
 
@@ -36,7 +37,7 @@ def _silent(done: int, total: int, text: str) -> None:
 
 def check(
     model: nn.Module | Loaded | str | Path,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[Any] | Mapping[str, Any] | Tensor | None = None,
     *,
     data: str | Path | None = None,
     loss: Loss | bool = False,
@@ -54,8 +55,9 @@ def check(
     Args:
         model: A module, something loaded, or anything that `setpoint.load` takes (``"smollm2"``, a folder, a GGUF
             file, ``"module:factory"``).
-        batches: What to run: tensors, tuples (positional arguments) or dicts (keyword arguments). Left out, a
-            language model reads text and a vision model sees pictures that are on every machine.
+        batches: What to run: a list of tensors, tuples (positional arguments) or dicts (keyword arguments); one tensor
+            or dict is one batch. Left out, a language model reads text and a vision model sees pictures that are on
+            every machine.
         data: A text file or a folder of images, instead of the default ones.
         loss: ``loss(output, batch)``, or True for the task's own (next-token cross-entropy for a language model).
             Adds gradients.
@@ -85,15 +87,17 @@ def check(
         >>> report.worst in (None, "info", "warning", "error")
         True
     """
-    chosen = registry.probes_for(probes)
+    chosen = registry.probes_for(_words(probes))
+    ignored = _ignored(ignore)
     loaded = _subject(model, forward, device, dtype)
     origin = "the caller's own batches"
     if batches is None:
         origin = describe_data(loaded, data)
         batches = batches_for(loaded, data)
-    batches = [_to(batch, device) for batch in batches]
-    if not batches:
-        raise InputError("There is nothing to run: batches is empty. Give at least one batch.")
+    batches = as_batches(batches)
+    if device is not None or dtype is not None:
+        batches = [follow(batch, loaded.model) for batch in batches]
+    _demand_values(loaded, batches)
     measure = _loss(loss, loaded)
 
     try:
@@ -127,9 +131,8 @@ def check(
             progress=progress,
         )
         with untouched(loaded.model):
-            findings = registry.deepen(subject, trace, findings, codes=frozenset(probes))
+            findings = registry.deepen(subject, trace, findings, codes=_words(probes))
     findings = [registry.with_remedies(finding, trace.structure) for finding in findings]
-    ignored = frozenset(ignore)
     findings = [finding for finding in findings if not ignored & {finding.id, finding.code}]
     return Report(
         model=_info(loaded),
@@ -146,6 +149,32 @@ def check(
     )
 
 
+def _words(names: Collection[str]) -> frozenset[str]:
+    """Codes or ids; a single one may be given as a plain string."""
+    return frozenset([names] if isinstance(names, str) else names)
+
+
+def _ignored(names: Collection[str]) -> frozenset[str]:
+    """Ids (``code@place``) and codes to leave out.
+
+    Raises:
+        InputError: The code is none that a probe raises, so that nothing would ever be left out.
+    """
+    for name in _words(names):
+        registry.probes_for([name.partition("@")[0]])
+    return _words(names)
+
+
+def _demand_values(loaded: Loaded, batches: Sequence[Any]) -> None:
+    """Refuse what holds no numbers: a model on the meta device, a batch of nothing."""
+    if any(p.is_meta for p in loaded.model.parameters()):
+        raise InputError(f"{loaded.source} has weights on the meta device, which hold no values; load them first")
+    for batch in batches:
+        tensors = tensors_of(batch)
+        if tensors and not any(t.numel() for t in tensors):
+            raise InputError(f"a batch is empty: {_outline(batch)}; leave it out or give it at least one row")
+
+
 def _blame(loaded: Loaded, batches: Sequence[Any], loss: Loss | None) -> None:
     """Run the model again, unwatched: if it fails by itself, say so; if it does not, the fault is in here.
 
@@ -159,7 +188,8 @@ def _blame(loaded: Loaded, batches: Sequence[Any], loss: Loss | None) -> None:
             except Exception as error:
                 raise InputError(
                     f"{loaded.source} could not be run on a batch that is {_outline(batch)}: {_reason(error)}. "
-                    "A tensor is passed as the only argument, a tuple as positional and a dict as keyword arguments."
+                    "A tensor is passed as the only argument, a tuple as positional and a dict as keyword arguments; "
+                    "for anything else (inputs with labels, say) give forward(model, batch)."
                 ) from error
             try:
                 if loss is not None:
@@ -197,39 +227,10 @@ def _subject(
         loaded = replace(loaded, forward=forward)
     if device is None and dtype is None:
         return loaded
-    target = _device(device) if device is not None else None
-    kind = _dtype(dtype) if dtype is not None else None
+    target = None if device is None else device_named(device)
+    kind = None if dtype is None else dtype_named(dtype)
     network = loaded.model if isinstance(model, (str, Path)) else copy.deepcopy(loaded.model)
     return replace(loaded, model=network.to(device=target, dtype=kind))
-
-
-def _device(name: str | torch.device) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first = str(error).splitlines()[0]
-        raise InputError(f"device {str(name)!r} can't be used here ({first}). Give cpu, cuda or mps.") from None
-    return device
-
-
-def _dtype(name: str | torch.dtype) -> torch.dtype:
-    kind = name if isinstance(name, torch.dtype) else getattr(torch, name, None)
-    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
-        raise InputError(f"dtype {name!r} is not a floating-point dtype. Give float32, bfloat16 or float16.")
-    return kind
-
-
-def _to(batch: Any, device: str | torch.device | None) -> Any:
-    if device is None:
-        return batch
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {name: _to(value, device) for name, value in batch.items()}
-    if isinstance(batch, (list, tuple)):
-        return type(batch)(_to(value, device) for value in batch)
-    return batch
 
 
 def _loss(loss: Loss | bool, loaded: Loaded) -> Loss | None:

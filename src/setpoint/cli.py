@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from setpoint import __version__, cli_fix
+from setpoint import __version__, cli_fix, cli_proofs
 from setpoint.cli_data import app as data_app
 from setpoint.errors import InputError
 
@@ -33,6 +33,7 @@ models_app = typer.Typer(no_args_is_help=True, help="Models that packages ship: 
 app.add_typer(models_app, name="models")
 app.add_typer(data_app, name="data")
 cli_fix.add_to(app)
+cli_proofs.add_to(app)
 
 
 class SeverityName(StrEnum):
@@ -280,6 +281,10 @@ def root(
     """Find what is wrong with the signals inside a deep network."""
 
 
+BROKEN = 70
+"""Exit code for a fault of setpoint's own (EX_SOFTWARE), so that a pipeline doesn't take it for findings."""
+
+
 def main(args: list[str] | None = None) -> Any:
     """Run the command line; a user's error is one line on standard error and exit code 2."""
     try:
@@ -287,11 +292,16 @@ def main(args: list[str] | None = None) -> Any:
     except InputError as error:
         print(f"setpoint: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("setpoint: stopped", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+    except SystemExit as stop:
+        if stop.code == 130:  # Typer's answer to Ctrl-C says nothing
+            print("setpoint: stopped", file=sys.stderr)
+        raise
+    except Exception:
+        import traceback
+
+        traceback.print_exc()
+        print("setpoint: this is a fault of setpoint, not of the model; please report it", file=sys.stderr)
+        sys.exit(BROKEN)
 
 
 if __name__ == "__main__":

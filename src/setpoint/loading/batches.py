@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from setpoint.data.pictures import folder_paths, picture_paths, read_images
 from setpoint.data.windows import default_text, read_text, token_windows
 from setpoint.errors import InputError
+from setpoint.placing import follow
 from setpoint.types import Loaded
 
 _TEXT_TASKS = ("language-model", "encoder")
@@ -40,7 +41,7 @@ def batches_for(
         InputError: The data does not fit the model, is damaged, or is too little.
     """
     if data is None and loaded.batches is not None:
-        return [_like_model(batch, loaded.model) for batch in loaded.batches]
+        return [follow(batch, loaded.model) for batch in loaded.batches]
     if loaded.task in _TEXT_TASKS:
         return _text_batches(loaded, data, tokens, count, seed)
     if loaded.task in _IMAGE_TASKS:
@@ -146,22 +147,6 @@ def _longest_input(loaded: Loaded) -> int:
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding) and module.padding_idx is not None
     ]
     return min(known, default=2**31) - max(reserved, default=0)
-
-
-def _like_model(batch: Any, model: nn.Module) -> Any:
-    """A batch on the model's device; floating-point tensors in its type, if all its parameters have one type."""
-    if isinstance(batch, Tensor):
-        parameters = list(model.parameters())
-        if not parameters:
-            return batch
-        types = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
-        cast = types.pop() if len(types) == 1 and batch.is_floating_point() else batch.dtype
-        return batch.to(parameters[0].device, cast)
-    if isinstance(batch, Mapping):
-        return {name: _like_model(value, model) for name, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(_like_model(value, model) for value in batch)
-    return batch
 
 
 def _embeddings(model: nn.Module) -> int | None:

@@ -4,9 +4,11 @@ The convention, in full: the factory takes no argument and returns
 
 - a model, or
 - ``(model, batches)``, where ``batches`` is a list of inputs, or
-- ``(model, batches, loss)``, where ``loss(output, batch)`` gives a scalar tensor.
+- ``(model, batches, loss)``, where ``loss(output, batch)`` gives a scalar tensor, or
+- ``(model, batches, loss, forward)``, where ``forward(model, batch)`` runs a batch; ``loss`` may be None.
 
-A tensor is passed to the model as it is, a tuple or list as positional arguments, a dict as keyword arguments.
+Without a ``forward`` a tensor is passed to the model as it is, a tuple or list as positional arguments, a dict as
+keyword arguments. Batches of inputs and labels need one: ``lambda model, batch: model(batch[0])``.
 """
 
 from __future__ import annotations
@@ -14,16 +16,26 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from setpoint.errors import InputError, nearest
+from setpoint.placing import as_batches
 
 
-def from_factory(source: str) -> tuple[nn.Module, tuple[Any, ...], Callable[[Any, Any], Tensor] | None]:
+class Built(NamedTuple):
+    """What a factory returned; batches are empty and functions None where it gave none."""
+
+    model: nn.Module
+    batches: tuple[Any, ...] = ()
+    loss: Callable[[Any, Any], Tensor] | None = None
+    forward: Callable[[nn.Module, Any], Any] | None = None
+
+
+def from_factory(source: str) -> Built:
     """Build the model that ``module:factory`` names.
 
     Args:
@@ -31,7 +43,7 @@ def from_factory(source: str) -> tuple[nn.Module, tuple[Any, ...], Callable[[Any
             (or of a model that is already built).
 
     Returns:
-        Model, its batches (empty if none came), and its loss or None.
+        The model and what came with it.
 
     Raises:
         InputError: The module or the function is not there, needs arguments, fails, or returns something else.
@@ -46,13 +58,13 @@ def from_factory(source: str) -> tuple[nn.Module, tuple[Any, ...], Callable[[Any
             raise InputError(f"{module_name} has no {part!r}{hint}")
         found = getattr(found, part)
     if isinstance(found, nn.Module):
-        return found, (), None
+        return Built(found)
     if not callable(found):
         raise InputError(f"{source} is a {type(found).__name__}; expected a function that returns a torch.nn.Module")
     _require_no_arguments(found, source)
     try:
         built = found()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{source} failed while building the model: {_where(error)}") from error
     return _unpack(built, source)
 
@@ -71,7 +83,7 @@ def _import(name: str, source: str) -> Any:
                 f"no module {error.name!r} for {source}; it is looked for in {here} and among the installed packages"
             ) from error
         raise InputError(f"{name} could not be imported: {_where(error)}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"{name} could not be imported: {_where(error)}") from error
     finally:
         if added and here in sys.path:
@@ -91,22 +103,27 @@ def _require_no_arguments(factory: Callable[..., Any], source: str) -> None:
         )
 
 
-def _unpack(built: Any, source: str) -> tuple[nn.Module, tuple[Any, ...], Callable[[Any, Any], Tensor] | None]:
+def _unpack(built: Any, source: str) -> Built:
     if isinstance(built, nn.Module):
-        return built, (), None
-    if not isinstance(built, tuple) or len(built) not in (2, 3) or not isinstance(built[0], nn.Module):
+        return Built(built)
+    if not isinstance(built, tuple) or len(built) not in (2, 3, 4) or not isinstance(built[0], nn.Module):
         kind = f"a tuple of {len(built)}" if isinstance(built, tuple) else f"a {type(built).__name__}"
         raise InputError(
-            f"{source} returned {kind}; expected a torch.nn.Module, (model, batches) or (model, batches, loss)"
+            f"{source} returned {kind}; expected a torch.nn.Module, (model, batches), (model, batches, loss) or "
+            "(model, batches, loss, forward)"
         )
-    model, given, *rest = built
-    batches = (given,) if isinstance(given, Tensor | Mapping) else tuple(given)
-    if not batches:
-        raise InputError(f"{source} returned no batches; give at least one, or return the model alone")
-    loss = rest[0] if rest else None
-    if loss is not None and not callable(loss):
-        raise InputError(f"{source} returned a {type(loss).__name__} as loss; expected loss(output, batch)")
-    return model, batches, loss
+    result = Built(built[0], tuple(_batches(built[1], source)), *built[2:])
+    for name, call, form in (("loss", result.loss, "output, batch"), ("forward", result.forward, "model, batch")):
+        if call is not None and not callable(call):
+            raise InputError(f"{source} returned a {type(call).__name__} as {name}; expected {name}({form})")
+    return result
+
+
+def _batches(given: Any, source: str) -> list[Any]:
+    try:
+        return as_batches(given)
+    except InputError as error:
+        raise InputError(f"{source} returned no batches to run: {error}") from None
 
 
 def _where(error: BaseException) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,6 +14,7 @@ from setpoint.loading import shelf
 from setpoint.loading.factory import from_factory
 from setpoint.loading.fixed import STATEMENT, load_fixed
 from setpoint.loading.tasks import forward_for, task_of
+from setpoint.placing import device_named, dtype_named
 from setpoint.types import Loaded
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
@@ -37,8 +37,8 @@ def load(
 
             - a folder in Hugging Face's layout (``config.json`` and safetensors), or one that ``setpoint fix`` wrote,
             - a ``.gguf`` file,
-            - ``module:factory``, a function of yours that returns a `torch.nn.Module`, ``(model, batches)`` or
-              ``(model, batches, loss)``; the current directory is importable,
+            - ``module:factory``, a function of yours that returns a `torch.nn.Module`, ``(model, batches)``,
+              ``(model, batches, loss)`` or ``(model, batches, loss, forward)``; the current directory is importable,
             - the short name of a model that a package ships (`packaged` lists them),
             - a hub id such as ``owner/name``, with ``hub=True`` only,
             - a `torch.nn.Module`, which is taken as it is, training mode included (``device`` and ``dtype`` move and
@@ -49,7 +49,8 @@ def load(
         dtype: Floating-point type to run in; float32 if None, whatever type is stored.
 
     Returns:
-        The model in eval mode with its tokenizer or image transform and notes on its weights.
+        The model with its tokenizer or image transform and notes on its weights; in eval mode, unless it was given
+        as a module.
 
     Raises:
         InputError: The source is unknown, damaged, incomplete, or asks to run code.
@@ -58,11 +59,12 @@ def load(
     >>> load(nn.Linear(2, 2)).task
     'other'
     """
+    kind = None if dtype is None else dtype_named(dtype)
     if isinstance(source, nn.Module):
-        return _placed(_described(source.to(dtype=_dtype(dtype)), type(source).__name__), device)
+        return _placed(_described(source.to(dtype=kind), type(source).__name__), device)
     if not isinstance(source, str | Path):
         raise TypeError(f"expected a path, a name or a torch.nn.Module, got a {type(source).__name__}")
-    loaded = _open(str(source), hub, trust_code, _dtype(dtype))
+    loaded = _open(str(source), hub, trust_code, kind)
     return _placed(replace(loaded, source=str(source)), device)
 
 
@@ -80,9 +82,11 @@ def _open(source: str, hub: bool, trust_code: bool, dtype: torch.dtype | None) -
         return load_folder(path, stored, trust_code)
     if path.is_file():
         return _file(path, stored)
-    if _FACTORY.fullmatch(source):
-        model, batches, loss = from_factory(source)
-        return replace(_described(model.eval().to(dtype=dtype), source), batches=batches or None, loss=loss)
+    if _FACTORY.fullmatch(source) and ".py:" not in source:
+        built = from_factory(source)
+        loaded = _described(built.model.eval().to(dtype=dtype), source)
+        forward = built.forward or loaded.forward
+        return replace(loaded, batches=built.batches or None, loss=built.loss, forward=forward)
     if _HUB_ID.fullmatch(source) and hub:
         from setpoint.loading.huggingface import load_hub
 
@@ -94,8 +98,16 @@ def _unknown(source: str) -> InputError:
     names = shelf.packaged()
     if Path(source + ".py").is_file():
         return InputError(f"{source}.py is Python; name the function in it that builds the model: {source}:FUNCTION")
+    if source.endswith(":") and (Path(source[:-1] + ".py").is_file() or source[:-1].isidentifier()):
+        return InputError(f"{source} names no function; give the one that builds the model: {source}FUNCTION")
+    module, colon, attribute = source.partition(".py:")
+    if colon:
+        return InputError(f"{source} is a path; give the module's import name: {module.replace('/', '.')}:{attribute}")
     if re.fullmatch(r"[\w-]+", source):
-        return InputError(f"no model is called {source!r}; nearest: {', '.join(nearest(source, names))}")
+        return InputError(
+            f"no model is called {source!r} here; nearest: {', '.join(nearest(source, names))}. A model of the "
+            f"Hugging Face hub is given as owner/name with --hub (in Python: hub=True)"
+        )
     if _HUB_ID.fullmatch(source):
         return InputError(
             f"{source} is neither a file nor a folder here; to download it from the Hugging Face hub add --hub "
@@ -154,18 +166,4 @@ def _described(model: nn.Module, source: str) -> Loaded:
 
 
 def _placed(loaded: Loaded, device: str | torch.device | None) -> Loaded:
-    if device is None:
-        return loaded
-    try:
-        return replace(loaded, model=loaded.model.to(torch.device(device)))
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {device!s} cannot be used: {str(error).splitlines()[0]}") from error
-
-
-def _dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    if dtype is None:
-        return None
-    found: Any = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-    if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InputError(f"{dtype} is not a floating-point type; expected float32, bfloat16, float16 or float64")
-    return found
+    return loaded if device is None else replace(loaded, model=loaded.model.to(device_named(device)))

@@ -63,10 +63,11 @@ def run_without_cache(model: nn.Module, batch: Any) -> Any:
 
     Args:
         model: A decoder of transformers.
-        batch: A dict of keyword arguments, or token ids.
+        batch: A dict of keyword arguments, a tuple of positional ones, or the main input.
 
     Returns:
         The model's output.
     """
-    keywords = batch if isinstance(batch, Mapping) else {"input_ids": batch}
-    return model(**{"use_cache": False, **keywords})
+    if isinstance(batch, Mapping):
+        return model(**{"use_cache": False, **batch})
+    return model(*(batch if isinstance(batch, tuple | list) else (batch,)), use_cache=False)

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from setpoint.report.codec import encode
+from setpoint.report.plain import as_text
 from setpoint.report.report import SCHEMA_VERSION, ModelInfo, Report
 from setpoint.report.terminal import STYLES
 from setpoint.report.wording import number, plural
@@ -89,6 +90,14 @@ class ReportDiff:
     common: int
     only_a: tuple[str, ...] = ()
     only_b: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        counts = f"{len(self.new)} new, {len(self.gone)} gone, {len(self.changed)} changed"
+        return f"ReportDiff({_name(self.a)} → {_name(self.b)}: {counts})"
+
+    def __str__(self) -> str:
+        """What a terminal shows."""
+        return as_text(self)
 
     @property
     def empty(self) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from setpoint.errors import InputError
 from setpoint.report.codec import decode, encode
 from setpoint.report.files import write_text
+from setpoint.report.plain import as_text
 from setpoint.types.proving import Judgement, StudyResult, Verdict
 
 if TYPE_CHECKING:
@@ -146,6 +147,14 @@ class Proof:
         from setpoint.report.proof_page import render
 
         return write_text(path, render(self))
+
+    def __repr__(self) -> str:
+        verdicts = ", ".join(judgement.verdict for judgement in self.judgements)
+        return f"Proof({self.method}, {self.budget}: {verdicts or 'nothing judged'})"
+
+    def __str__(self) -> str:
+        """What a terminal shows."""
+        return as_text(self)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from setpoint.report.proof_terminal import proof_lines

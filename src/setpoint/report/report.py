@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from setpoint.errors import InputError
 from setpoint.report.codec import decode, encode
 from setpoint.report.files import write_text
+from setpoint.report.plain import as_text
 from setpoint.types import SEVERITIES, Finding, Severity, Task, Trace
 
 if TYPE_CHECKING:
@@ -70,6 +71,14 @@ class Report:
     findings: tuple[Finding, ...]
     trace: Trace
     settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        codes = ", ".join(finding.code for finding in self.ranked) or "no findings"
+        return f"Report({self.model.name}: {codes})"
+
+    def __str__(self) -> str:
+        """The table that a terminal shows."""
+        return as_text(self)
 
     @property
     def ranked(self) -> tuple[Finding, ...]:
