@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from setpoint.probe.stat_kernels import sum_of_squares
+from setpoint.probe.stat_kernels import sample_stride, sum_of_squares
 from setpoint.probe.stat_observe import Later, Selection, Stream, observe, settle_all
 from setpoint.probe.stat_scratch import Scratch, chunk_rows
 from setpoint.probe.statistics import BINS, MANTISSA_BITS, Magnitudes, Moments, Peaks, SiteStatistics, bin_edge
@@ -162,6 +162,55 @@ def mean_cosine(values: Tensor, keep: Tensor | None = None) -> float:
     return total / pairs
 
 
+BY_COLUMN = frozenset({Stat.MOMENTS, Stat.CHANNELS, Stat.ZEROS})
+
+
+def scattered() -> Tensor:
+    return torch.randn(2, 300, 96)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x,
+        torch.relu,
+        lambda x: x * 1e-30,
+        lambda x: x * 1e30,
+        lambda x: x + 1000.0,
+        lambda x: x + 50.0 * torch.arange(-48, 48),
+        lambda x: x.index_put((torch.tensor(1), torch.tensor(7), torch.tensor(3)), torch.tensor(-3e4)),
+        lambda x: x.index_put((torch.tensor(0), torch.tensor(0), torch.tensor(9)), torch.tensor(math.inf)),
+        torch.zeros_like,
+    ],
+)
+def test_reducing_by_column_gives_what_the_sums_give(change: Any) -> None:
+    values = change(scattered())
+    quick, full = observed(values, wanted=BY_COLUMN, parts=2), observed(values, parts=2)
+    for name in ("mean", "variance", "rms", "zeros"):
+        assert getattr(quick, name) == pytest.approx(getattr(full, name), rel=1e-5, abs=1e-5 * (full.rms or 0.0)), name
+    for name in ("minimum", "maximum", "non_finite", "count", "tokens"):
+        assert getattr(quick, name) == getattr(full, name), name
+    assert quick.channel_active == pytest.approx(full.channel_active)
+    assert quick.channel_max == pytest.approx(full.channel_max)
+    assert quick.channel_rms == pytest.approx(full.channel_rms, rel=1e-5)
+    assert quick.channel_mean == pytest.approx(full.channel_mean, rel=1e-5, abs=1e-5 * (full.rms or 0.0))
+
+
+def test_one_zero_among_many_values_is_found() -> None:
+    values = torch.randn(1, 512, 1536)
+    values[0, 500, 9] = 0.0
+    record = observed(values, wanted=BY_COLUMN)
+    assert record.zeros == 1 / values.numel()
+    assert record.channel_active is not None
+    assert record.channel_active.argmin() == 9
+    assert observed(values + 10, wanted=BY_COLUMN).zeros == 0.0
+
+
+def test_moments_alone_are_those_of_a_wide_site() -> None:
+    values = torch.randn(1, 40, 49152) * 3 - 1
+    assert_moments_match(observed(values, wanted=frozenset({Stat.MOMENTS})), values)
+
+
 def test_peaks_are_the_largest_entries_with_their_places() -> None:
     values = torch.randn(6, 50, 20)
     record = observed(values, parts=3)
@@ -208,6 +257,41 @@ def test_histogram_median_is_within_its_stated_error(scale: float, dtype: torch.
     true = float(np.median(values.double().abs().numpy()))
     assert 0 < record.median_error < 0.017
     assert record.median == pytest.approx(true, rel=record.median_error)
+
+
+def token_and_channel_structure() -> Tensor:
+    """Values as a stream has them: channels of unlike size, tokens that resemble their neighbours, one huge entry."""
+    values = torch.randn(1, 512, 576).cumsum(1) * torch.rand(576).mul(4).exp()
+    values[0, 0, 7] = 2e6
+    return values
+
+
+@pytest.mark.parametrize("make", [lambda: torch.randn(1, 512, 576), token_and_channel_structure])
+def test_sampled_median_is_within_its_stated_error(make: Any) -> None:
+    values = make()
+    record = observed(values)
+    true = float(np.median(values.double().abs().numpy()))
+    assert 0.017 < record.median_error < 0.2
+    assert record.median == pytest.approx(true, rel=record.median_error)
+
+
+def test_more_batches_narrow_a_sampled_medians_error() -> None:
+    values = torch.randn(8, 512, 576)
+    errors = [observed(part, parts=len(part), wanted=frozenset({Stat.MEDIAN})).median_error for part in
+              (values[:1], values[:4], values)]  # fmt: skip
+    assert errors[0] > errors[1] > errors[2] > 0
+
+
+@given(st.integers(1, 1 << 22), st.integers(1, 4096))
+def test_a_sample_is_large_and_visits_every_channel(size: int, width: int) -> None:
+    stride = sample_stride(size, width)
+    assert size // stride >= min(size, 1 << 15)
+    assert len({position * stride % width for position in range(width)}) == width
+
+
+def test_a_sampled_median_of_mostly_zeros_is_zero() -> None:
+    record = observed(torch.randn(1, 512, 576).sub(1).relu())
+    assert (record.median, record.median_error) == (0.0, 0.0)
 
 
 def test_exact_median_is_exact() -> None:

@@ -226,6 +226,8 @@ class Recorder:
                 if outputs:
                     self._recomputed(outputs, output)
                 return
+            if not (inputs or attentions):
+                self._calls[name] += 1
             if attentions and self._cores:
                 self._cores.pop()
                 if not self._cores:
@@ -233,7 +235,9 @@ class Recorder:
             if outputs:
                 self._catch(outputs, self._calls[name] - 1, output)
 
-        handles: list[Any] = [module.register_forward_pre_hook(before, with_kwargs=True)]
+        handles: list[Any] = []
+        if inputs or attentions:
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
         if outputs or attentions:
             handles.append(module.register_forward_hook(after, always_call=bool(attentions)))
         return handles

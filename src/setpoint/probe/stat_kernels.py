@@ -8,7 +8,10 @@ buffer,
     third, fourth   x·x², x²·x²         dot products of the flattened chunk
     extremes        max and min down the rows; the largest magnitude of a channel is the larger of the two
     row norms       x²1
-    magnitudes      the exponent and leading mantissa bits of x², counted
+    magnitudes      the exponent and leading mantissa bits of x², counted; of many values, a sample
+
+A site that needs no more than sums and extremes by column has no square written: the kernel behind batch norm's
+statistics (`launch_columns`) reads the values alone.
 
 Tensors are taken in chunks that stay in cache, in float32, and every chunk's sums are joined in float64
 (`setpoint.probe.statistics`). The sums are taken as they are where that is harmless (mean below 0.9 of the rms), about
@@ -134,10 +137,17 @@ def reduce_plainly(x: Tensor) -> Moments:
     Args:
         x: Shape ``(rows, width)``, float32, contiguous; what stands in rows and columns does not matter.
     """
-    lowest, highest = torch.aminmax(x)
-    norms = torch.linalg.vector_norm(x, dim=1)  # by row, so that a huge entry costs its own row's digits only
-    s1, s2 = float(to_numpy(x.sum(1)).sum()), float(np.square(to_numpy(norms)).sum())
-    minimum, maximum = float(lowest), float(highest)
+    by_row = torch.empty(2, len(x), device=x.device)  # so that a huge entry costs its own row's digits only
+    ends: list[Tensor] = []
+    step = max(1, _PIECE // max(x.shape[1], 1))
+    for start in range(0, len(x), step):  # three reads, of which the second and third come from the cache
+        piece = x[start : start + step]
+        ends += torch.aminmax(piece)
+        torch.sum(piece, 1, out=by_row[0, start : start + step])
+        torch.linalg.vector_norm(piece, dim=1, out=by_row[1, start : start + step])
+    totals, norms = to_numpy(by_row)
+    s1, s2 = float(totals.sum()), float(np.square(norms).sum())
+    minimum, maximum = (float(end) for end in torch.stack(ends).aminmax())
     mean_square = s2 / x.numel()
     if not math.isfinite(s2) or (mean_square < _TINY**2 and minimum < maximum):
         return Moments.of(to_numpy(x).reshape(-1))

@@ -318,8 +318,8 @@ def _settle(waiting: Waiting, chunk: Chunk, angles: Array | None) -> None:
         columns, order = waiting.flagged
         found = largest_entries(to_numpy(columns), order.cpu().numpy(), statistics.peaks.size)
         place = _numbers(waiting.places)[found[:, 1].astype(np.int64)]
-        found[:, 1], place = place % length, place // length + waiting.first_sequence
-        statistics.peaks.add(np.insert(found, 1, place, axis=1))
+        where = (found[:, 0], place // length + waiting.first_sequence, place % length, found[:, 2])
+        statistics.peaks.add(np.stack(where, 1))
     if Stat.ZEROS in wanted:
         statistics.add_active(to_numpy(space.parts[4][0]), space.flat.numel())
     if chunk.row_squares is not None:
