@@ -314,14 +314,25 @@ def test_an_activation_written_out_in_a_forward_goes_by_its_name(name: str, gate
     assert [p and p.module for p in (ff.gate, ff.up)] == ["units.0.gate" if gated else None, "units.0.up"]
 
 
-@pytest.mark.parametrize("wrap", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
-def test_a_weight_computed_in_the_pass_is_unread_and_its_branch_stays_a_branch(wrap: Any) -> None:
+def as_buffer(linear: nn.Linear) -> None:
+    weight = linear.weight.detach()
+    del linear.weight
+    linear.register_buffer("weight", weight)
+
+
+PARAMETRIZED = [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, as_buffer]
+
+
+@pytest.mark.parametrize("wrap", PARAMETRIZED, ids=["weight norm", "spectral norm", "buffer"])
+def test_a_weight_that_is_no_parameter_is_unread_and_its_branch_stays_a_branch(wrap: Any) -> None:
     unit = Unit(16, "pre")
     wrap(unit.down)
     anatomy = Anatomy.trace(Stack(Unit(16, "pre"), unit).eval(), IDS)
     assert [block.name for block in anatomy.blocks] == ["units.0", "units.1"]
     reasons = {part.name: part.reason for part in anatomy.unread}
-    assert reasons["units.1.down"] == "multiplies by a weight that is computed from parameters in the pass"
+    assert (
+        reasons["units.1.down"] == "multiplies by a weight that is no parameter but a buffer, or computed in the pass"
+    )
 
 
 def test_the_steps_of_a_recurrence_are_no_residual_stream() -> None:

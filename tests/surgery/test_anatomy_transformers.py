@@ -393,6 +393,8 @@ def test_convnext_stem_norm_also_feeds_the_residual() -> None:
     assert names(anatomy) == [f"encoder.stages.{s}.layers.{i}" for s in range(2) for i in range(2)]
     for block in anatomy.blocks:
         assert roles(block) == ["convolution"]
+        assert block.placement == "inner"
+        assert block.branches[0].inner_norms == (f"{block.name}.layernorm",)
         assert modules(block.branches[0].writer) == [f"{block.name}.pwconv2"]
         assert anatomy.feeds[f"{block.name}.layernorm"] == {f"{block.name}.pwconv1"}
     assert anatomy.feeds["embeddings.layernorm"] == {"encoder.stages.0.layers.0.dwconv"}

@@ -20,7 +20,7 @@ from setpoint.running import Forward, untouched, unwrap
 from setpoint.surgery.branches import Addition, find_additions, read_branches
 from setpoint.surgery.chains import find_chains, find_layers
 from setpoint.surgery.graph import Graph, bit
-from setpoint.surgery.norms import find_norms, find_uses, reaches, site
+from setpoint.surgery.norms import find_norms, norm_sites, reaches
 from setpoint.surgery.ops import is_known
 from setpoint.surgery.tape import Call, Value, record
 from setpoint.surgery.writers import find_writers
@@ -149,16 +149,7 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         addition.branches = read_branches(graph, addition, None if ends else following.stream, reads)
         if ends:  # of the model, or of an encoder before its decoder
             addition.branches = _without_final_norm(addition.branches, additions[: additions.index(addition)])
-    calls: dict[str, int] = {}
-    for read in reads:
-        calls[read.name] = calls.get(read.name, 0) + 1
-    norms: dict[str, NormSite] = {}
-    for name in calls:
-        own = [read for read in reads if read.name == name]
-        uses = [use for read in own for use in find_uses(graph, read, reads)]
-        norms[name] = site(own[0], uses, calls[name])
     blocks = _blocks(graph, additions)
-    chains = find_chains(graph, reads)
     embeddings = _embeddings(graph)
     head, logits = _head(graph, additions, final)
     attention = tuple(b.attention for block in blocks for b in block.branches if b.attention is not None)
@@ -169,25 +160,27 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         "stream": blocks[0].input if blocks else None,
         "logits": graph.tap(logits) if logits is not None else None,
     }
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    shared_modules = {name for name, _ in model.named_modules()}
-    tied = tuple(tuple(group) for group in names.values() if len(group) > 1)
     return Anatomy(
         blocks,
-        norms,
-        chains,
+        norm_sites(graph, reads),
+        find_chains(graph, reads),
         attention,
         writers,
         embeddings,
         head,
-        tied,
-        (*_unread(model, graph, shared_modules), *_uncaught(blocks)),
+        _tied(model),
+        (*_unread(model, graph), *_uncaught(blocks)),
         taps,
         unwritten,
         find_layers(graph, reads, additions),
     )
+
+
+def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return tuple(tuple(group) for group in names.values() if len(group) > 1)
 
 
 def _without_final_norm(branches: list[Branch], earlier: list[Addition]) -> list[Branch]:
@@ -292,7 +285,7 @@ def _uncaught(blocks: tuple[Block, ...]) -> tuple[Unread, ...]:
     return tuple(found)
 
 
-def _unread(model: nn.Module, graph: Graph, names: set[str]) -> tuple[Unread, ...]:
+def _unread(model: nn.Module, graph: Graph) -> tuple[Unread, ...]:
     found = [Unread(name, reason) for name, reason in graph.tape.opaque]
     opaque = {name for name, _ in graph.tape.opaque}
     called = {call.name for call in graph.tape.calls}
@@ -307,7 +300,9 @@ def _unread(model: nn.Module, graph: Graph, names: set[str]) -> tuple[Unread, ..
         quiet.append(name)
         found.append(Unread(name, "never called in this pass"))
     for node in graph.computed:
-        found.append(Unread(node.call.name, "multiplies by a weight that is computed from parameters in the pass"))
+        found.append(
+            Unread(node.call.name, "multiplies by a weight that is no parameter but a buffer, or computed in the pass")
+        )
     for node in graph.tape.nodes:
         if node.op in ("opaque", "alias_write") or is_known(node.op):
             continue
@@ -315,4 +310,5 @@ def _unread(model: nn.Module, graph: Graph, names: set[str]) -> tuple[Unread, ..
             found.append(
                 Unread(node.call.name, f"the op {node.op} takes a parameter and its meaning is not known here")
             )
+    names = {name for name, _ in model.named_modules()}
     return tuple(dict.fromkeys(part for part in found if part.name in names))

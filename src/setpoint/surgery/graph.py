@@ -58,7 +58,7 @@ class Graph:
         self.heavy: dict[int, int] = {}
         self.signal = 0  # values that depend on what the model is fed, unlike rotary tables and masks
         self.cores: list[Node] = []
-        self.computed: list[Node] = []  # contractions with a weight that is computed in the pass
+        self.computed: list[Node] = []  # contractions with a weight that is no parameter
         self.lookups: dict[int, int] = {}  # output value of a lookup -> which of its node's inputs is the table
         self.adapters: set[int] = set()  # output values of low-rank adapters: B of W·x + B·(A·x)
         self._compressions: set[int] = set()  # their A
@@ -137,13 +137,13 @@ class Graph:
         return value
 
     def _is_computed(self, value: Value) -> bool:
-        """Whether a matrix is computed from parameters alone, as weight and spectral norm do."""
-        if value.kind == "parameter":
-            return True
+        """Whether a matrix is a buffer, or computed from parameters alone as weight and spectral norm do."""
+        if value.kind in ("parameter", "buffer"):
+            return value.floating
         maker = value.producer
         if maker is None or not value.floating or value.tensor.dim() < 2 or self.signal & bit(value):
             return False
-        return any(self._is_computed(above) for above in maker.inputs if above.kind in ("op", "parameter"))
+        return any(self._is_computed(above) for above in maker.inputs if above.kind != "constant")
 
     def _joins(self, node: Node) -> bool:
         """Whether a node puts something else beside a parameter, as a class token is put before patches."""

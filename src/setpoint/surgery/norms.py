@@ -127,22 +127,28 @@ def channel_axes(read: NormRead) -> tuple[int, ...]:
     return read.axes if read.kind in ("layer", "rms") else (1 - read.input.tensor.dim(),)
 
 
-def site(read: NormRead, uses: list[Use], calls: int) -> NormSite:
-    """As the contract type."""
-    return NormSite(
-        read.name,
-        read.kind,
-        read.axes,
-        read.eps,
-        read.centred,
-        read.gain,
-        read.shift,
-        read.gain_parameter,
-        read.shift_parameter,
-        tuple(uses),
-        calls,
-        read.groups,
-    )
+def norm_sites(graph: Graph, reads: list[NormRead]) -> dict[str, NormSite]:
+    """As the contract type, by name: the calls of one norm are one entry with the uses of all."""
+    calls: dict[str, list[NormRead]] = {}
+    for read in reads:
+        calls.setdefault(read.name, []).append(read)
+    return {
+        name: NormSite(
+            name,
+            own[0].kind,
+            own[0].axes,
+            own[0].eps,
+            own[0].centred,
+            own[0].gain,
+            own[0].shift,
+            own[0].gain_parameter,
+            own[0].shift_parameter,
+            tuple(use for read in own for use in find_uses(graph, read, reads)),
+            len(own),
+            own[0].groups,
+        )
+        for name, own in calls.items()
+    }
 
 
 def reaches(graph: Graph, start: Value, end: Value) -> bool:

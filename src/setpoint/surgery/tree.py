@@ -37,6 +37,9 @@ def tree_of(anatomy: Anatomy) -> Tree:
     for chain in loose:
         parts = [chain.convolution.module, chain.norm, chain.activation]
         tree.add("convolution  " + escape(" → ".join(part for part in parts if part)))
+    for layer in anatomy.layers:
+        parts = [layer.convolution.module, layer.norm, layer.activation]
+        tree.add("linear  " + escape(" → ".join(part for part in parts if part)))
     if anatomy.head is not None:
         tree.add(f"head  {escape(anatomy.head.module)}")
     for group in anatomy.tied:
@@ -67,6 +70,8 @@ def _weight(projection: Projection | None, block: Block) -> str:
 
 def _add_branch(tree: Tree, branch: Branch, block: Block) -> None:
     before = "".join(f"{_short(name, block)} → " for name in branch.input_norms)
+    if branch.placement == "inner":
+        before = "· → " + "".join(f"{_short(name, block)} → " for name in branch.inner_norms)
     behind = "".join(f" → {_short(name, block)}" for name in (*branch.output_norms, *branch.after_norms))
     node = tree.add(f"{branch.role.replace('_', '-')}  {before}·{behind}" if before or behind else branch.role)
     if branch.attention is not None:
