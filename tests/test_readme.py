@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,16 @@ def test_the_readme_opens_with_its_two_commands() -> None:
     makefile = (README.parent / "Makefile").read_text()
     assert "\ndemo:" in makefile
     assert "\ntest:" in makefile
+
+
+def test_what_the_readme_installs_is_declared() -> None:
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]
+    commands = re.findall(r"pip install (.*)", README.read_text())
+    assert commands
+    for command in commands:
+        wanted = re.search(r'"\.\[([\w,]+)\]"', command)
+        assert wanted, command
+        assert set(wanted[1].split(",")) <= set(project["optional-dependencies"])
 
 
 def test_pictures_that_the_readme_shows_are_there() -> None:

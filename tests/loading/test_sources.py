@@ -75,9 +75,9 @@ def test_weights_alone_are_no_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [
-        ({"dtype": "float23"}, "float23 is not a floating-point type"),
-        ({"dtype": "int8"}, "int8 is not a floating-point type"),
-        ({"device": "toaster"}, "device toaster cannot be used"),
+        ({"dtype": "float23"}, "dtype 'float23' is not a floating-point type"),
+        ({"dtype": "int8"}, "dtype 'int8' is not a floating-point type"),
+        ({"device": "toaster"}, "device 'toaster' can't be used here"),
     ],
 )
 def test_a_wrong_device_or_type_is_one_line(keywords: dict[str, Any], message: str) -> None:

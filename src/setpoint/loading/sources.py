@@ -105,7 +105,7 @@ def _unknown(source: str) -> InputError:
         return InputError(f"{source} is a path; give the module's import name: {module.replace('/', '.')}:{attribute}")
     if re.fullmatch(r"[\w-]+", source):
         return InputError(
-            f"no model is called {source!r} here; nearest: {', '.join(nearest(source, names))}. A model of the "
+            f"no model is called {source!r}; nearest: {', '.join(nearest(source, names))}. A model of the "
             f"Hugging Face hub is given as owner/name with --hub (in Python: hub=True)"
         )
     if _HUB_ID.fullmatch(source):
