@@ -286,6 +286,21 @@ def test_single_dead_channel_is_info() -> None:
     assert finding.id == "dead-units@convolution"
 
 
+def test_units_without_a_finite_value_are_not_called_dead() -> None:
+    lost = Record(
+        site("mlp", "hidden", 0),
+        count=400,
+        tokens=100,
+        non_finite=300,
+        channel_max=np.array([0.0, 0.0, 0.0, 1.0]),
+        channel_active=np.ones(4),
+    )
+    assert DeadUnits()(trace_of(lost)) == []
+    silent = replace(lost, channel_active=np.array([1.0, 1.0, 0.0, 1.0]))
+    assert only(DeadUnits()(trace_of(silent))).numbers["worst_units"] == "2"
+    assert DeadUnits()(trace_of(replace(lost, non_finite=400, channel_max=np.zeros(4)))) == []
+
+
 def test_channel_at_rounding_level_is_dead() -> None:
     record = Record(site("conv", "convolution"), tokens=9000, channel_max=np.array([1e-20, 1.0, 2.0, 3.0]))
     assert only(DeadUnits()(trace_of(record))).numbers["worst_units"] == "0"
@@ -428,7 +443,7 @@ def test_float8_is_only_spoken_of_where_products_read() -> None:
 
 
 def test_first_place_with_nan_is_named_before_its_wake() -> None:
-    trace = residuals(non_finite=[0, 3, 900], count=[1000, 997, 100])
+    trace = residuals(non_finite=[0, 3, 900], count=[1000, 1000, 1000])
     finding = only(NonFinite()(trace))
     assert finding.severity == "error"
     assert finding.sites == ("block.1", "block.2")
@@ -441,6 +456,30 @@ def test_damaged_parameters_are_named() -> None:
     assert finding.sites == ("w",)
 
 
-def test_everything_non_finite_does_not_hide_the_finding() -> None:
-    trace = replace(residuals(non_finite=[1000], count=[0]), tokens=4)
-    assert "100 %" in only(NonFinite()(trace)).evidence
+def test_values_that_are_all_non_finite_are_a_hundred_per_cent() -> None:
+    trace = replace(residuals(non_finite=[1000], count=[1000]), tokens=4)
+    finding = only(NonFinite()(trace))
+    assert finding.numbers["share"] == 1.0
+    assert "(100 %)" in finding.evidence
+
+
+def test_non_finite_inputs_are_named_as_the_origin() -> None:
+    trace = residuals(non_finite=[5], count=[1000])
+    assert "first of 1 measured places" in only(NonFinite()(trace)).evidence
+    given = only(NonFinite()(replace(trace, facts={"non_finite_inputs": 2.0})))
+    assert "The input already holds 2" in given.evidence
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_an_error(loss: float) -> None:
+    finding = only(NonFinite()(replace(healthy_trace(), loss=loss)))
+    assert (finding.severity, finding.id) == ("error", "non-finite@loss")
+
+
+def test_gradients_that_are_no_numbers_name_the_place_where_they_begin_on_the_way_back() -> None:
+    parameters = {n: ParameterRecord(n, 0, 4, 1.0, g, g) for n, g in (("w", float("inf")), ("v", 1.0))}
+    trace = replace(residuals(gradient_rms=[float("nan"), float("nan"), 0.1]), parameters=parameters, loss=1.0)
+    finding = only(NonFinite()(trace))
+    assert (finding.id, finding.sites) == ("non-finite@gradients", ("w",))
+    assert "1 of 2 parameters" in finding.evidence
+    assert "first appear at block.1" in finding.evidence

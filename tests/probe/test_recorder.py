@@ -398,6 +398,56 @@ def test_group_masks_have_one_or_two_axes() -> None:
         record(Network(), [ids()], sites=[output("head")], groups={"odd": lambda _: torch.ones(1, 2, 3)})
 
 
+def test_a_mask_of_another_length_than_the_sequences_is_refused() -> None:
+    model = Network()
+    with pytest.raises(InputError, match=r"group 'text' has shape \(2, 11\).*\(2, 12\)"):
+        record(model, [ids()], sites=sites(model), groups={"text": torch.ones(2, 11, dtype=torch.bool)})
+
+
+def test_a_mask_that_fits_only_some_batches_is_refused() -> None:
+    model = Network()
+    with pytest.raises(InputError, match="group 'text'"):
+        record(model, [ids(), ids(tokens=9)], sites=sites(model), groups={"text": torch.ones(12, dtype=torch.bool)})
+
+
+def test_groups_that_are_no_tensors_are_refused_by_name() -> None:
+    model = Network()
+    with pytest.raises(InputError, match="'text' needs a bool tensor.*got list"):
+        record(model, [ids()], sites=sites(model), groups={"text": [True] * 12})  # type: ignore[dict-item]
+
+
+def test_groups_reach_feature_maps_image_by_image() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 1))
+    left = torch.zeros(2, 4, 4, dtype=torch.bool)
+    left[:, :, :2] = True
+    site = output("0", "residual", 0, axis=1)
+    trace = record(model, [torch.randn(2, 3, 4, 4)], sites=[site], groups={"left": left.flatten(1)})
+    assert trace.records[site.name].groups["left"].tokens == 16
+
+
+def test_what_was_run_is_counted_alike_whatever_is_measured() -> None:
+    model = Network()
+    everything = record(model, [ids(), ids()], sites=sites(model))
+    nothing = record(model, [ids(), ids()], sites=[])
+    assert (nothing.sequences, nothing.tokens) == (everything.sequences, everything.tokens) == (4, 48)
+    assert nothing.records == {}
+
+
+def test_parameters_have_gradients_where_no_site_is_recorded() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 1))
+    trace = record(model, [torch.randn(5, 4)], sites=[], loss=lambda output, _: output.square().mean())
+    assert all(p.gradient_rms is not None and p.gradient_rms > 0 for p in trace.parameters.values())
+
+
+def test_non_finite_inputs_are_counted_and_masks_of_minus_infinity_are_not() -> None:
+    model = nn.Sequential(nn.Linear(4, 8))
+    batch = torch.randn(2, 3, 4)
+    batch[0, 0, 0], batch[1, 0, 1], batch[1, 1, 1] = float("nan"), float("inf"), -float("inf")
+    trace = record(model, [batch, torch.randn(2, 3, 4)], sites=[output("0")])
+    assert trace.facts["non_finite_inputs"] == 2
+    assert "non_finite_inputs" not in record(model, [torch.randn(2, 3, 4)], sites=[output("0")]).facts
+
+
 def test_a_recorder_is_entered_once_at_a_time() -> None:
     model = Network()
     recorder = Recorder(model, sites(model), needs=CHEAP)

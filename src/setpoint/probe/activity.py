@@ -54,13 +54,17 @@ class DeadUnits(Probe):
     )
 
     def dead(self, record: Record) -> np.ndarray[tuple[int], np.dtype[np.intp]]:
-        """Indices of the units that are silent at a site."""
+        """Indices of the units that are silent at a site; a unit without a finite value is not known to be."""
         silent: np.ndarray[tuple[int], np.dtype[np.bool_]] | None = None
         if record.channel_active is not None:
             silent = np.asarray(record.channel_active) <= 0
         if record.channel_max is not None and len(record.channel_max):
             largest = np.asarray(record.channel_max)
-            tiny = largest <= self.tiny * float(np.median(largest))
+            # Where nothing finite was seen the largest finite value is 0, as where all was zero.
+            seen = np.full(len(largest), not record.non_finite)
+            if silent is not None and len(silent) == len(largest):
+                seen |= silent | (largest > 0)
+            tiny = seen & (largest <= self.tiny * float(np.median(largest[seen]))) if seen.any() else seen
             silent = tiny if silent is None or len(silent) != len(tiny) else silent | tiny
         return np.flatnonzero(silent) if silent is not None else np.zeros(0, dtype=np.intp)
 
@@ -68,7 +72,7 @@ class DeadUnits(Probe):
         """At most one finding for hidden units and one for channels of convolutions."""
         found = []
         for role, words in (("hidden", "hidden units"), ("convolution", "convolution channels")):
-            records = [r for r in trace.records.values() if r.site.role == role]
+            records = [r for r in trace.records.values() if r.site.role == role and _finite(r)]
             dead = {r.site.name: (r, self.dead(r)) for r in records if r.tokens > 0}
             dead = {name: pair for name, pair in dead.items() if len(pair[1])}
             if dead:
@@ -179,6 +183,11 @@ class ActivationSparsity(Probe):
                 ),
             )
         ]
+
+
+def _finite(record: Record) -> bool:
+    """Whether a site carried any finite value, as far as it was counted."""
+    return not record.non_finite or record.non_finite < record.count
 
 
 def _width(record: Record) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.probe.recorder_gradient import gather
-from setpoint.probe.recorder_hooks import Groups, Needs, Recorder
+from setpoint.probe.recorder_hooks import Groups, Recorder, Wanted
 from setpoint.running import run_batch, untouched, unwrap
 from setpoint.types import Site, SiteRole, Stat, Task, Trace
 
@@ -38,7 +38,7 @@ def record(
     *,
     anatomy: Anatomy | None = None,
     sites: Sequence[Site] | None = None,
-    needs: Needs | None = None,
+    needs: Wanted | None = None,
     forward: Callable[[nn.Module, Any], Any] | None = None,
     loss: Callable[[Any, Any], Tensor] | None = None,
     groups: Groups | None = None,
@@ -59,7 +59,7 @@ def record(
         sites: Where to measure; the anatomy's sites when None.
         needs: Statistics to take everywhere, or per role of site; `CHEAP` when None.
         forward: ``forward(model, batch)``, if calling the model takes more than its batch.
-        loss: ``loss(output, batch)``, a scalar; adds its gradients at every recorded site of the stream.
+        loss: ``loss(output, batch)``, a scalar; adds its gradients by every parameter and at the sites of the stream.
         groups: Token groups, name -> bool mask ``(batch, tokens)`` or a callable from batch to mask.
         task: The model's task, kept in the trace.
         progress: ``progress(done, total, text)`` after each batch; ``total`` is 0 if the batches have no length.
@@ -125,7 +125,7 @@ def record(
     )
 
 
-def with_gradients(needs: Needs) -> Needs:
+def with_gradients(needs: Wanted) -> Wanted:
     """The needs with gradients at the residual stream added."""
     if not isinstance(needs, Mapping):
         return frozenset(needs) | {Stat.GRADIENT}
@@ -179,4 +179,4 @@ def _block_finder(blocks: Sequence[tuple[str, int]]) -> Callable[[str], int | No
     return block_of
 
 
-__all__ = ["CHEAP", "Groups", "Needs", "Recorder", "record", "run_batch"]
+__all__ = ["CHEAP", "Groups", "Recorder", "Wanted", "record", "run_batch"]

@@ -34,7 +34,7 @@ from setpoint.probe.statistics import AttentionStatistics, Magnitudes, Peaks, Si
 from setpoint.running import plain_execution, tensors_of, unwrap
 from setpoint.types import Site, SiteRole, Stat, Task, Trace
 
-Needs = Collection[Stat] | Mapping[SiteRole, Collection[Stat]]
+Wanted = Collection[Stat] | Mapping[SiteRole, Collection[Stat]]
 Groups = Mapping[str, Tensor | Callable[[Any], Tensor]]
 
 _NOTHING: AbstractContextManager[Any] = nullcontext()
@@ -73,7 +73,7 @@ class Recorder:
         model: nn.Module,
         sites: Sequence[Site],
         *,
-        needs: Needs,
+        needs: Wanted,
         groups: Groups | None = None,
         top_k: int = 8,
         exact: bool = False,
@@ -94,7 +94,8 @@ class Recorder:
                     kept.magnitudes = Magnitudes(values=[])
                 self._statistics[site.name] = kept
         self._attention: dict[str, AttentionStatistics] = {}
-        self._follows_gradients = any(Stat.GRADIENT in stats for stats in wanted.values())
+        asked = needs.values() if isinstance(needs, Mapping) else (needs,)
+        self._follows_gradients = any(Stat.GRADIENT in stats for stats in asked)  # of parameters, wherever sites are
         self._parameters = ParameterWatch(self.model, late=is_distributed(model))
         self._taps: dict[str, list[Site]] = defaultdict(list)
         for site in self.sites:
@@ -110,6 +111,7 @@ class Recorder:
         self._listener = CoreListener(self._core_found, query_rows, self._inputs.valid_queries)
         self._order: dict[str, None] = {}
         self._first_sequence = 0
+        self._pass = (0, 0)
         self._stack: ExitStack | None = None
         self.tokens = 0
         self.sequences = 0
@@ -174,7 +176,8 @@ class Recorder:
         """
         self._settle()
         self._reduce()
-        if not self._order:
+        self._inputs.demand_groups()
+        if not self._order and (self.sites or not self.sequences):
             raise InputError(
                 f"Nothing was recorded at {len(self.sites)} sites. Run the model inside `with recorder:` (for a "
                 "compiled model, run `recorder.model`)."
@@ -183,6 +186,9 @@ class Recorder:
         attention = {n: self._attention[n].record(self._site(n)) for n in self._order if n in self._attention}
         numbered = [site.block for site in self.sites if site.block is not None]
         known = {"parameters": float(sum(p.numel() for p in self.model.parameters()))}
+        lost = sum(gather(self._inputs.non_finite))
+        if lost:
+            known["non_finite_inputs"] = float(lost)
         logits = [r for r in records.values() if r.site.role == "logits"]
         if logits and logits[-1].tokens:
             known["vocabulary"] = float(logits[-1].count // logits[-1].tokens)
@@ -246,6 +252,7 @@ class Recorder:
         if not in_backward():
             self._inputs.arrive(args, kwargs)
             self._next_pass()
+            self._count(*self._inputs.given)
             if self._follows_gradients and torch.is_grad_enabled():
                 self._parameters.watch()
 
@@ -255,6 +262,14 @@ class Recorder:
         self._stream = None
         self._first_sequence = self.sequences
         self._inputs.shape = None
+        self._pass = (0, 0)
+
+    def _count(self, sequences: int, length: int) -> None:
+        """What the running pass carries: as its inputs tell, until the first site knows better."""
+        tokens = self._inputs.tokens(sequences, length)
+        self.sequences += sequences - self._pass[0]
+        self.tokens += tokens - self._pass[1]
+        self._pass = (sequences, tokens)
 
     def _settle(self) -> None:
         """Close the pass that may be open."""
@@ -289,8 +304,7 @@ class Recorder:
             values = _by_sequence(values, site.channel_axis, self._inputs.shape)
             if self._inputs.shape is None:
                 self._inputs.shape = (values.shape[0], values.shape[1])
-                self.sequences += values.shape[0]
-                self.tokens += self._inputs.tokens(*values.shape[:2])
+                self._count(*self._inputs.shape)
             statistics.dtype = statistics.dtype or str(tensor.dtype).removeprefix("torch.")
             self._measure(site, values, statistics)
 
@@ -301,7 +315,7 @@ class Recorder:
         if not values.is_contiguous() and site.channel_axis != -1:
             # A feature map with channels first: one image at a time, so that only one is copied.
             for i in range(sequences):
-                selection = self._inputs.select(values[i : i + 1], groups)
+                selection = self._inputs.select(values[i : i + 1], groups, slice(i, i + 1))
                 rows = values[i].contiguous()
                 observe(rows, length, statistics, self._scratch, first_sequence=first + i, selection=selection)
             return
@@ -437,7 +451,7 @@ def _by_sequence(values: Tensor, axis: int, shape: tuple[int, int] | None) -> Te
     return values.flatten(1, -2) if values.dim() > 3 else values
 
 
-def _needs_at(needs: Needs, role: SiteRole) -> Collection[Stat]:
+def _needs_at(needs: Wanted, role: SiteRole) -> Collection[Stat]:
     if isinstance(needs, Mapping):
         return needs.get(role, ())
     if role == "attention":
@@ -458,4 +472,4 @@ def _refuse_bad_sites(sites: Sequence[Site], modules: Mapping[str, nn.Module]) -
             )
 
 
-__all__ = ["Groups", "Needs", "Recorder", "is_compiled", "quiet"]
+__all__ = ["Groups", "Recorder", "Wanted", "is_compiled", "quiet"]

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from setpoint.errors import InputError
 from setpoint.probe.stat_observe import Selection
+from setpoint.running import tensors_of
 
 
 class Inputs:
@@ -16,15 +18,29 @@ class Inputs:
 
     Args:
         groups: Name -> bool mask of shape ``(batch, tokens)`` or ``(tokens,)``, or a callable from batch to mask.
+
+    Raises:
+        InputError: A group that is neither a tensor nor can be called.
     """
 
     def __init__(self, groups: Mapping[str, Tensor | Callable[[Any], Tensor]]) -> None:
+        for name, group in groups.items():
+            if not isinstance(group, Tensor) and not callable(group):
+                raise InputError(
+                    f"Group {name!r} needs a bool tensor of shape (batch, tokens) or (tokens,), or a callable from a "
+                    f"batch to one, got {type(group).__name__}."
+                )
         self._groups = groups
         self._announced = False
         self._padding: Tensor | None = None
         self._masks: dict[str, Tensor] = {}
         self._keep: Tensor | None = None
+        self._met: set[str] = set()
+        self._unmet: dict[str, tuple[int, ...]] = {}
+        self._misfits: dict[str, str] = {}
+        self.non_finite = 0
         self.shape: tuple[int, int] | None = None
+        self.given = (0, 0)
         self.followed: set[str] = set()
 
     def announce(self, batch: Any) -> None:
@@ -35,6 +51,9 @@ class Inputs:
     def arrive(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """The inputs with which the model is called."""
         self.followed.clear()
+        tensors = tensors_of((args, kwargs))
+        self.non_finite += sum(_non_finite(tensor) for tensor in tensors)
+        self.given = _outline(tensors[0]) if tensors else (0, 0)
         if not self._announced:
             self._read(kwargs if kwargs and not args else args[0] if len(args) == 1 and not kwargs else (*args, kwargs))
         if self._padding is None:
@@ -42,6 +61,7 @@ class Inputs:
 
     def _read(self, batch: Any) -> None:
         self.followed.clear()
+        self._close()
         self._padding = self._keep = None
         if isinstance(batch, Mapping):
             self._set_padding(batch)
@@ -54,6 +74,27 @@ class Inputs:
                     f"Group {name!r} needs a bool mask of shape (batch, tokens) or (tokens,), got {found}."
                 )
             self._masks[name] = mask.bool()
+
+    def demand_groups(self) -> None:
+        """Make sure that every group's mask had the shape of the token vectors at some place in each batch.
+
+        Raises:
+            InputError: One had not, so that it would have been dropped without a word.
+        """
+        self._close()
+        for misfit in self._misfits.values():
+            raise InputError(misfit)
+
+    def _close(self) -> None:
+        """Note which masks of the batch that ended fitted nowhere."""
+        for name, shape in self._unmet.items():
+            self._misfits.setdefault(
+                name,
+                f"The mask of group {name!r} has shape {tuple(self._masks[name].shape)}, but the token vectors are "
+                f"{shape} (batch, tokens). Give one entry per token.",
+            )
+        self._unmet = {}
+        self._met.clear()
 
     def _set_padding(self, batch: Mapping[str, Any]) -> None:
         mask = batch.get("attention_mask")
@@ -76,16 +117,45 @@ class Inputs:
         padding = self._padding
         return padding if padding is not None and padding.shape == (batch, queries) else None
 
-    def select(self, values: Tensor, groups: bool) -> Selection:
-        """Which positions of ``values``, shape ``(sequences, positions, channels)``, count and how they are grouped."""
+    def select(self, values: Tensor, groups: bool, of: slice = slice(None)) -> Selection:
+        """Which positions count and how they are grouped.
+
+        Args:
+            values: Shape ``(sequences, positions, channels)``.
+            groups: Whether token groups are looked at.
+            of: Which sequences of the batch the values are.
+        """
         shape = values.shape[:2]
-        keep = self._keep if self._padding is not None and self._padding.shape == shape else None
+        padding = self._padding[of] if self._padding is not None else None
+        keep = None
+        if padding is not None and padding.shape == shape:
+            keep = self._keep if of == slice(None) else padding.reshape(-1).nonzero().squeeze(1)
         if keep is not None:
             keep = keep.to(values.device)
         if not groups or not self._masks:
             return Selection(keep)
         flat = {}
-        for name, mask in self._masks.items():
+        for name, whole in self._masks.items():
+            mask = whole if whole.dim() == 1 else whole[of]
             if mask.shape == shape or (mask.dim() == 1 and mask.shape[0] == shape[1]):
                 flat[name] = mask.to(values.device).expand(shape).reshape(-1)
+                self._met.add(name)
+                self._unmet.pop(name, None)
+            elif name not in self._met:
+                self._unmet.setdefault(name, tuple(shape))
         return Selection(keep, flat)
+
+
+def _non_finite(tensor: Tensor) -> int:
+    """How many values are nan or inf; minus infinity is what masks are made of and doesn't count."""
+    if not tensor.is_floating_point() or bool(tensor.sum().isfinite()):
+        return 0
+    return int((tensor.isnan() | (tensor == torch.inf)).sum())
+
+
+def _outline(tensor: Tensor) -> tuple[int, int]:
+    """Sequences and tokens in each, as far as an input tells: ids and vectors have tokens, anything else is one."""
+    if tensor.dim() == 0:
+        return 0, 0
+    has_tokens = tensor.dim() == 3 or (tensor.dim() == 2 and not tensor.is_floating_point())
+    return len(tensor), tensor.shape[1] if has_tokens else 1

@@ -75,7 +75,7 @@ class Record:
 
     Args:
         site: Where.
-        count: Values seen.
+        count: Values seen, the non-finite ones among them.
         tokens: Token vectors (or positions of a feature map) seen.
         mean, variance, rms, fourth_moment, minimum, maximum: Of the values; the variance is the biased one and the
             fourth moment is central, so that excess kurtosis is ``fourth_moment / variance**2 - 3``.
