@@ -16,6 +16,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 from setpoint import data
 from setpoint.data import TokenData
@@ -93,7 +94,7 @@ class Learned:
         loss: Held-out loss, in nats per byte.
     """
 
-    model: Transformer
+    model: nn.Module
     history: History
     loss: float
 
@@ -114,13 +115,13 @@ class Learned:
     def cost(self) -> dict[str, float]:
         """Parameters and time per step."""
         return {
-            "parameters": float(self.model.num_parameters),
+            "parameters": float(sum(p.numel() for p in self.model.parameters())),
             "seconds_per_step": self.history.seconds / max(1, len(self.history.steps)),
         }
 
 
 def learn(
-    model: Transformer,
+    model: nn.Module,
     seed: int,
     budget: Budget,
     ctx: Context,
@@ -130,10 +131,10 @@ def learn(
     clip: float | None = 1.0,
     callbacks: Sequence[Any] = (),
 ) -> Learned:
-    """Train a backbone and measure it on the split that the context names.
+    """Train a language model and measure it on the split that the context names.
 
     Args:
-        model: The network, trained in place.
+        model: From tokens to logits; trained in place.
         seed: Order of the batches.
         budget: Gives steps, batch, and how many held-out windows are read.
         ctx: Gives split, corpus and progress.
@@ -168,10 +169,12 @@ def learn(
 
 def conditions(budget: Budget) -> dict[str, float | int | str]:
     """What is the same in every arm."""
-    return {name: budget[name] for name in ("steps", "batch", "context", "depth", "dim")}
+    return {
+        name: budget.options[name] for name in ("steps", "batch", "context", "depth", "dim") if name in budget.options
+    }
 
 
-def stream(model: Transformer, budget: Budget, ctx: Context) -> list[float]:
+def stream(model: nn.Module, budget: Budget, ctx: Context) -> list[float]:
     """Variance of the residual stream on held-out text: after the embedding, then after each block."""
     batches = list(corpus(budget["context"], ctx.data).batches("valid", 16, limit=16))
     trace = record(model, batches, needs=MEASURED, forward=data.run_inputs)
