@@ -193,6 +193,7 @@ FAULTS: dict[str, tuple[type[nn.Module] | Callable[[], nn.Module], str]] = {
     "large": (with_compute(lambda self, x: x.exp() / x.exp().sum() * self.weight), r"inputs of 1e\+15: .* are NaN"),
     "constant": (with_compute(lambda self, x: (x - x.mean()) / x.std() * self.weight), "inputs that are all 0.0"),
     "gradcheck": (with_compute(lambda self, x: WrongSlope.apply(x) * self.weight), "GradcheckError"),
+    "forward_mode": (with_compute(lambda self, x: WrongSlope.apply(x) * self.weight), "check 'forward_mode' with"),
     "gradgradcheck": (with_compute(lambda self, x: WrongCurvature.apply(x) * self.weight), "GradcheckError"),
     "batch_of_one": (with_compute(lambda self, x: x.squeeze(0) * self.weight), r"a batch of 1: the whole batch gives"),
     "empty_batch": (with_compute(lambda self, x: x * (1 / x.shape[0]) * self.weight), "ZeroDivisionError"),

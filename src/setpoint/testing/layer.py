@@ -34,11 +34,12 @@ def check_layer(
     """Hold a layer to what setpoint asks of every layer.
 
     In float64, bfloat16, float16 and under autocast it gives finite results near its own float32 ones; large, constant
-    and zero inputs give no NaN; first and second derivatives are right; a batch of one and an empty batch work, and so
-    do strided and channels-last inputs; it can be saved, loaded, copied, pickled and made on the meta device; compiled
-    code needs one graph and gives the same numbers, and so do `torch.func` and checkpointing; two processes train it
-    with DistributedDataParallel; a wrong shape is refused with the expected and the given size; it prints its
-    arguments, can be reset, keeps no state outside its buffers and leaves its inputs alone.
+    and zero inputs give no NaN; first and second derivatives are right, in reverse and in forward mode; a batch of one
+    and an empty batch work, and so do strided and channels-last inputs; it can be saved, loaded, copied, pickled and
+    made on the meta device; compiled code needs one graph and gives the same numbers, and so do `torch.func` and
+    checkpointing; two processes train it with DistributedDataParallel; a wrong shape is refused with the expected and
+    the given size; it prints its arguments, can be reset, keeps no state outside its buffers and leaves its inputs
+    alone.
 
     Args:
         layer: Makes a fresh layer, or a layer to copy. A function lets more be checked: on the meta device it makes the

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.nn.norm.checks import expect_channels, expect_trailing, shape_of
-from setpoint.nn.norm.functional import scale_shift
+from setpoint.nn.norm.functional import scale_shift, tanh
 
 
 class DyT(nn.Module):
@@ -97,7 +97,7 @@ class DyT(nn.Module):
             expect_trailing(x, self.normalized_shape, "DyT")
         else:
             expect_channels(x, self.normalized_shape[0], "DyT")
-        squashed = torch.tanh(self.alpha * x)
+        squashed = tanh(self.alpha * x)
         return self._affine(squashed).to(x.dtype)
 
     def _affine(self, squashed: Tensor) -> Tensor:

