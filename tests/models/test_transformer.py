@@ -404,6 +404,17 @@ def test_compiles_whole_to_the_same_loss_and_gradients(block: Placement, checkpo
         torch.testing.assert_close(q.grad, p.grad, msg=name, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_compiles_to_kernels_and_exports_to_the_same_logits() -> None:
+    torch._dynamo.reset()
+    model = Transformer(replace(CONFIG, depth=2), attention=partial(Attention, qk_norm=RMSNorm)).eval()
+    with torch.no_grad():
+        wanted = model(TOKENS)
+        torch.testing.assert_close(torch.compile(model, fullgraph=True)(TOKENS), wanted, atol=1e-5, rtol=1e-4)
+        exported = torch.export.export(model, (TOKENS,))
+        torch.testing.assert_close(exported.module()(TOKENS), wanted, atol=1e-6, rtol=1e-5)
+
+
 def test_runs_in_bfloat16_and_under_autocast() -> None:
     assert Transformer(CONFIG).bfloat16()(TOKENS).dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):

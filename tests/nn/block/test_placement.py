@@ -36,18 +36,22 @@ def test_unknown_name_is_refused_with_the_known_ones() -> None:
         placement("before")
 
 
-def test_a_placement_of_ones_own_is_found_by_name() -> None:
-    @dataclass(frozen=True)
-    class Bare(Placement):
-        name: ClassVar[str] = "bare-in-a-test"
+def test_a_placement_of_ones_own_is_found_by_name_and_the_latest_wins() -> None:
+    def define() -> type[Placement]:
+        @dataclass(frozen=True)
+        class Bare(Placement):
+            name: ClassVar[str] = "bare-in-a-test"
 
-        def residual(self, sublayer: nn.Module, dim: int, **_: Any) -> nn.Module:
-            return sublayer
+            def residual(self, sublayer: nn.Module, dim: int, **_: Any) -> nn.Module:
+                return sublayer
 
+        return Bare
+
+    first, second = define(), define()
     try:
-        assert placement("bare-in-a-test") == Bare()
+        assert type(placement("bare-in-a-test")) is second
     finally:
-        Bare.name = ""  # subclasses live as long as they are referred to; an empty name is nobody's
+        first.name = second.name = ""  # classes outlive the test; one without a name is not found
 
 
 def test_placements_are_frozen() -> None:
