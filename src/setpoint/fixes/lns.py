@@ -90,12 +90,15 @@ class Scaling:
             stack = re.sub(r"\d+", "#", block.name)  # an encoder and a decoder count their layers apart
             layers[stack] += 1
             for name in dict.fromkeys(n for branch in block.branches for n in branch.input_norms):
-                if isinstance(ctx.model.get_submodule(name.rpartition(".")[0]), LayerNormScaling):
+                around = (name, name.rpartition(".")[0])
+                if any(isinstance(ctx.model.get_submodule(path), LayerNormScaling) for path in around):
                     continue
                 arguments: dict[str, Any] = {"norm": Ref(name), "layer_index": layers[stack], "power": self.power}
                 if self.learnable:
                     arguments["learnable"] = True
                 edits.append(Edit(name, Build("setpoint.nn:LayerNormScaling", arguments), f"layer {layers[stack]}"))
+        if not edits:
+            raise Refused(self.id, Refusal("", "its norms are scaled already; there is nothing to do", done=True))
         return edits
 
 
@@ -120,10 +123,11 @@ class Folding:
     preserves: ClassVar[Preserves] = "exact"
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
-        """Some norm's output must be multiplied by something."""
-        if any(use.op == "mul" for site in anatomy.norms.values() for use in site.uses):
-            return None
-        return Refusal("", "no norm of it is scaled; there is nothing to fold", done=True)
+        """Some norm's output must be multiplied, or have a gain that is not the one it stores."""
+        for site in anatomy.norms.values():
+            if any(use.op == "mul" for use in site.uses) or (site.gain is not None and not site.gain_parameter):
+                return None
+        return _nothing_to_fold()
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """The norm alone in the place of each scaled norm, with the factor in its parameters."""
@@ -139,4 +143,10 @@ class Folding:
             names = [name for name in ("weight", "bias") if isinstance(getattr(module.norm, name, None), Tensor)]
             scaled = fold_scale(ctx.model, tuple(f"{path}.norm.{name}" for name in names), module.scale)
             edits += [Edit(f"{path}.{name}", edit.value, edit.why) for name, edit in zip(names, scaled, strict=True)]
+        if not edits:
+            raise Refused(self.id, _nothing_to_fold())
         return edits
+
+
+def _nothing_to_fold() -> Refusal:
+    return Refusal("", "no norm of it is scaled; there is nothing to fold", done=True)

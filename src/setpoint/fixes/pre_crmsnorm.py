@@ -21,15 +21,16 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from setpoint.fixes.pre_rmsnorm import cannot_replace, centred_stream, is_read_elsewhere
+from setpoint.fixes.pre_rmsnorm import cannot_replace, centred_stream, is_read_elsewhere, nothing_centred
 from setpoint.fixing.base import Refused
+from setpoint.nn import PreLN
 from setpoint.surgery.anatomy import Anatomy
 from setpoint.surgery.centre import drop_last
 from setpoint.surgery.copying import share
 from setpoint.surgery.editing import commit, parameter
 from setpoint.surgery.fold import cannot_fold, fold_norm
 from setpoint.surgery.stream import not_pre_norm, stream_norms, stream_width
-from setpoint.types import Build, Edit, FixContext, NormSite, Preserves, Refusal, Stage
+from setpoint.types import Build, Edit, FixContext, NormSite, Preserves, Ref, Refusal, Stage
 
 if TYPE_CHECKING:
     from setpoint.types import Projection
@@ -68,12 +69,10 @@ class PreCRMSNorm:
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """As for pre-rmsnorm; besides, every reader of a norm must be a weight of its own."""
-        refusal = not_pre_norm(anatomy)
+        refusal = nothing_centred(anatomy) or not_pre_norm(anatomy)
         if refusal is not None:
             return refusal
         norms = stream_norms(anatomy)
-        if all(anatomy.norms[name].kind == "rms" for name in norms.inner):
-            return Refusal("", "its norms keep the mean of the stream already; there is nothing to convert", done=True)
         tied = _tied_tables(anatomy)
         if tied and not self.untie:
             return Refusal(
@@ -110,6 +109,7 @@ class PreCRMSNorm:
         do(drop_last([edit for edit in centring if edit not in entrances], _output_axes(anatomy)))
         for name in readers:
             do(_narrow_readers(trial, anatomy.norms[name]))
+            do(_own_unit(trial, name, width))
             do([_compressed(anatomy.norms[name], width)])
         return edits + entrances
 
@@ -164,6 +164,16 @@ def _narrow_readers(model: nn.Module, site: NormSite) -> list[Edit]:
         kept = wide.narrow(axis, 0, wide.shape[axis] - 1) - wide.narrow(axis, wide.shape[axis] - 1, 1)
         edits.append(Edit(name, kept.to(parameter(model, name)), "the last feature is minus the sum of the others"))
     return edits
+
+
+def _own_unit(model: nn.Module, norm: str, width: int) -> list[Edit]:
+    """setpoint's residual unit around a norm, for the narrower stream; other models' blocks don't ask for a width."""
+    path = norm.rpartition(".")[0]
+    unit = model.get_submodule(path)
+    if not isinstance(unit, PreLN):
+        return []
+    arguments = {"sublayer": Ref(f"{path}.sublayer"), "normalized_shape": width - 1, "dropout": unit.dropout.p}
+    return [Edit(path, Build("setpoint.nn:PreLN", arguments), "the stream is narrower")]
 
 
 def _compressed(site: NormSite, width: int) -> Edit:

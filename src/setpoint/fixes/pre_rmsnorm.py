@@ -57,12 +57,10 @@ class PreRMSNorm:
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """Every branch must read the stream through a norm over the features, and a norm must stand behind the last."""
-        refusal = not_pre_norm(anatomy)
+        refusal = nothing_centred(anatomy) or not_pre_norm(anatomy)
         if refusal is not None:
             return refusal
         norms = stream_norms(anatomy)
-        if all(anatomy.norms[name].kind == "rms" for name in norms.inner):
-            return Refusal("", "its norms keep the mean of the stream already; there is nothing to convert", done=True)
         return cannot_replace(anatomy, norms.inner)
 
     def plan(self, ctx: FixContext) -> list[Edit]:
@@ -73,6 +71,13 @@ class PreRMSNorm:
         for name in norms:
             edits += _rms_norm(ctx.model, ctx.anatomy, ctx.anatomy.norms[name])
         return edits + wraps
+
+
+def nothing_centred(anatomy: Anatomy) -> Refusal | None:
+    """A model none of whose norms removes a mean has nothing to convert: a Llama, or one that was converted."""
+    if any(site.kind == "layer" for site in anatomy.norms.values()):
+        return None
+    return Refusal("", "it has no LayerNorm; there is nothing to convert", done=True)
 
 
 def cannot_replace(anatomy: Anatomy, names: Collection[str]) -> Refusal | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.errors import InputError
-from setpoint.fixing.base import Fix, NotExact, Refused
+from setpoint.fixing.base import Fix, Refused
 from setpoint.fixing.exactness import judge
 from setpoint.fixing.measure import change_between
 from setpoint.fixing.result import Fixed
@@ -107,29 +108,32 @@ def fix(
     reference = copied(inner) if inplace else inner
     work = inner if inplace else copied(inner)
     undo: Undo = []
+    trained = False
     try:
         notes, edits, exact = _apply(wanted, work, _Run(reference, inputs, loaded, seed, resume, progress), undo)
         if trains and retrain is not None:
             progress(len(wanted), len(wanted), "training")
+            trained = True
             retrain(work)
-        elif trains:
+        elif trains and edits:
             notes.append(f"{', '.join(trains)} changed what the model computes: train it before use")
         if inplace:
             notes.append("the model itself was changed: optimizers built for it before are stale")
         progress(len(wanted), len(wanted), "measuring the change")
-        change = change_between(
-            reference,
-            work,
-            inputs,
-            loaded.forward,
-            anatomy=_trace(reference, inputs[0], loaded),
-            loss=loss or (loss_for(loaded) if loaded.task == "language-model" else None),
-            exact=exact,
-            timed=timed,
-        )
+        with _runs(f"the model does not run after {', '.join(each.id for each in wanted)}"):
+            change = change_between(
+                reference,
+                work,
+                inputs,
+                loaded.forward,
+                anatomy=_trace(reference, inputs[0], loaded),
+                loss=loss or (loss_for(loaded) if loaded.task == "language-model" else None),
+                exact=exact,
+                timed=timed,
+            )
     except BaseException:
         rollback(undo)
-        if inplace and trains:
+        if inplace and trained:
             _restore(inner, reference)
         raise
     return Fixed(
@@ -159,14 +163,21 @@ def _restore(model: nn.Module, reference: nn.Module) -> None:
                 mine.copy_(kept)
 
 
-def _trace(model: nn.Module, batch: Any, loaded: Loaded) -> Anatomy:
+@contextmanager
+def _runs(otherwise: str) -> Iterator[None]:
+    """Errors of a model's own code, as one line that says what did not run."""
     try:
-        return Anatomy.trace(model, batch, forward=loaded.forward)
+        yield
     except InputError:
         raise
-    except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{loaded.source} could not be run on the first batch: {reason}") from error
+        raise InputError(f"{otherwise}: {reason}") from error
+
+
+def _trace(model: nn.Module, batch: Any, loaded: Loaded) -> Anatomy:
+    with _runs(f"{loaded.source} could not be run on the first batch"):
+        return Anatomy.trace(model, batch, forward=loaded.forward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,14 +208,17 @@ def _apply(
     for index, each in enumerate(wanted):
         run.progress(index, len(wanted), f"{each.id}: reading the structure")
         anatomy = _trace(work, run.inputs[0], run.loaded)
-        refusal = each.applies(anatomy)
-        if refusal is not None:
-            if not refusal.done:
+        try:
+            refusal = each.applies(anatomy)
+            if refusal is not None:
                 raise Refused(each.id, refusal)
-            notes.append(f"{each.id}: {refusal}")
+            run.progress(index, len(wanted), f"{each.id}: planning")
+            planned = run.plan(each, work, anatomy, run.inputs)
+        except Refused as refused:
+            if not refused.refusal.done:
+                raise
+            notes.append(f"{each.id}: {refused.refusal}")
             continue
-        run.progress(index, len(wanted), f"{each.id}: planning")
-        planned = run.plan(each, work, anatomy, run.inputs)
         before = share(work) if each.preserves == "exact" else None
         undo += commit(work, planned)
         edits += planned
@@ -220,11 +234,6 @@ def _judged(each: Fix, before: nn.Module, after: nn.Module, run: _Run) -> tuple[
     old = in_float64(before)
     new = share(old)
     inputs = [double(batch) for batch in run.inputs]
-    try:
+    with _runs(f"the model does not run after {each.id}, so the change was undone"):
         commit(new, run.plan(each, new, _trace(new, inputs[0], run.loaded), inputs))
         return judge(each.id, (old, new), (before, after), run.inputs, run.loaded.forward)
-    except InputError:
-        raise
-    except (RuntimeError, TypeError, ValueError, IndexError, AssertionError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise NotExact(f"the model does not run after {each.id} ({reason}); the change was undone") from error

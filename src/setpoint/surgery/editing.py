@@ -84,7 +84,11 @@ def construct(model: nn.Module, build: Build, like: nn.Module | None = None) -> 
     if sample is not None:
         arguments |= {name: getattr(sample, name) for name in ("device", "dtype") if name in takes}
     try:
-        made: nn.Module = kind(**arguments)
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # its first values are the same at every call, and nobody's draws change
+            torch.manual_seed(0)
+            made: nn.Module = kind(**arguments)
     except TypeError as error:
         raise InputError(f"{build.target} can't be built: {error}") from error
     made.training = like.training if like is not None else model.training

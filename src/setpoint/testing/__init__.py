@@ -1,5 +1,6 @@
-"""Conformance suites: what every probe and every layer must pass, setpoint's own and yours."""
+"""Conformance suites: what every probe, layer, fix and study must pass, setpoint's own and yours."""
 
+from setpoint.testing.fix import check_fix
 from setpoint.testing.layer import LAYER_CHECKS, check_layer
 from setpoint.testing.probe import ConformanceError, check_probe, restrict
 from setpoint.testing.study import check_study
@@ -9,6 +10,7 @@ __all__ = [
     "LAYER_CHECKS",
     "ConformanceError",
     "ailing_traces",
+    "check_fix",
     "check_layer",
     "check_probe",
     "check_study",

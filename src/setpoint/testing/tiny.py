@@ -79,6 +79,20 @@ def encoder(*, norm_first: bool = True, final: bool = True, start: bool = True) 
     return shaken(nn.Sequential(nn.Linear(8, 8) if start else nn.Identity(), stack, nn.Linear(8, 3)))
 
 
+def decoder(**parts: Any) -> nn.Module:
+    """setpoint's own decoder: RMSNorm, rotary positions, a gated feed-forward, a tied head."""
+    from setpoint.models import Transformer, TransformerConfig
+
+    return shaken(Transformer(TransformerConfig(vocab_size=64, dim=16, depth=2, num_heads=2), **parts))
+
+
+def scaled() -> nn.Module:
+    """The same with LayerNorm Scaling."""
+    from setpoint.nn import ScaledPreNorm
+
+    return decoder(block=ScaledPreNorm())
+
+
 def tokens() -> Tensor:
     """Token ids ``(2, 9)``."""
     return torch.randint(2, 64, (2, 9), generator=torch.Generator().manual_seed(2))
@@ -101,6 +115,8 @@ MAKERS: dict[str, tuple[Callable[..., nn.Module], Callable[[], Tensor]]] = {
     "bert": (bert, tokens),
     "vit": (vit, pixels),
     "encoder": (encoder, features),
+    "decoder": (decoder, tokens),
+    "scaled": (scaled, tokens),
 }
 
 

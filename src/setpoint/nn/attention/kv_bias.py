@@ -35,7 +35,7 @@ class KVBias(nn.Module):
 
     Example:
         >>> bias = KVBias(2, 4)
-        >>> k, v, mask = bias(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), queries=5, causal=True)
+        >>> k, v, mask = bias(torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4), causal=True)
         >>> k.shape, mask.shape, mask.sum(-1).tolist()
         (torch.Size([1, 2, 6, 4]), torch.Size([5, 6]), [2, 3, 4, 5, 6])
     """
@@ -68,7 +68,7 @@ class KVBias(nn.Module):
         value: Float[Tensor, "batch heads keys head_dim"],
         mask: Tensor | None = None,
         *,
-        queries: int,
+        queries: int | None = None,
         causal: bool = False,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Keys, values and mask with the slot in front.
@@ -76,7 +76,7 @@ class KVBias(nn.Module):
         Args:
             key, value: After any rotation; ``heads`` may be a multiple of the key heads, when those were repeated.
             mask: As for ``scaled_dot_product_attention``: True where a query may look, or numbers that are added.
-            queries: Number of queries, for the causal mask.
+            queries: Number of queries, None for as many as keys.
             causal: Whether later keys are hidden. The result has that in its mask.
 
         Returns:
@@ -88,6 +88,7 @@ class KVBias(nn.Module):
                 f"KVBias: expected keys (batch, {self.num_kv_heads}, keys, {self.head_dim}), or each head repeated, "
                 f"got {tuple(key.shape)}"
             )
+        queries = key.shape[-2] if queries is None else queries
         if causal:
             mask = torch.ones(queries, key.shape[-2], dtype=torch.bool, device=key.device).tril()
         repeat = heads // self.num_kv_heads

@@ -1,0 +1,31 @@
+"""Every fix of the catalogue goes through `check_fix`."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from setpoint.catalog import items
+from setpoint.fixing.spec import fix_class
+from setpoint.testing import check_fix
+from setpoint.testing.tiny import tiny
+
+FIXES = sorted(name for name, (_, item) in items().items() if item.kind == "fix")
+OWN = {"lns-fold": partial(tiny, "scaled")}
+"""Models for fixes that are made for one kind of model alone."""
+
+
+@pytest.mark.parametrize("item", FIXES)
+def test_every_fix_passes_the_suite(item: str) -> None:
+    kind = fix_class(item)
+    assert kind.id == item
+    assert items()[item][1].preserves == kind.preserves
+    assert check_fix(kind, OWN.get(item))
+
+
+@pytest.mark.parametrize("item", FIXES)
+def test_every_fix_has_a_file_and_tests_of_its_own(item: str) -> None:
+    module = fix_class(item).__module__.rpartition(".")[2]
+    assert list(Path(__file__).parents[1].rglob(f"test_{module}.py")), f"write tests/fixes/test_{module}.py"
