@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from setpoint.catalog import items
 from setpoint.errors import InputError
-from setpoint.fixing import Fix, Fixed, NotExact, parse, to_text
+from setpoint.fixing import Fix, Fixed, Refused, parse, to_text
 from setpoint.fixing import fix as apply
 from setpoint.loading import restore
 from setpoint.running import run_batch, tensors_of
@@ -64,15 +64,10 @@ def check_fix(
     makers = _makers(make, families)
     accepted: list[str] = []
     for name, maker in makers.items():
-        refusal = _refused(made, name, maker)
-        if refusal is None and len(accepted) < ENOUGH:
+        if _refused(made, name, maker) is None and len(accepted) < ENOUGH and _passes(_Subject(made, name, maker)):
             accepted.append(name)
     _demand(bool(accepted), made, "accepts none of the models it was tried on: pass `make=` one that it is for")
     _refuses_in_words(made)
-    for name in accepted:
-        subject = _Subject(made, name, makers[name])
-        for rule in _RULES:
-            rule(subject)
     return tuple(accepted)
 
 
@@ -90,8 +85,21 @@ class _Subject:
     def applied(self, model: nn.Module, batch: Any, **options: Any) -> Fixed:
         try:
             return apply(model, self.fix, [batch], timed=False, **options)
-        except NotExact as error:
+        except Refused:
+            raise
+        except InputError as error:
             raise ConformanceError(f"{type(self.fix).__name__} on {self.name}: {error}") from error
+
+
+def _passes(subject: _Subject) -> bool:
+    """The whole list on one model; False if planning showed that the fix is not for it."""
+    try:
+        for rule in _RULES:
+            rule(subject)
+    except Refused as refused:
+        subject.demand(bool(refused.refusal.reason.strip()), "refuses without a reason")
+        return False
+    return True
 
 
 def _demand(kept: bool, fix: Fix, advice: str) -> None:
