@@ -108,8 +108,8 @@ def test_a_gain_of_one_plus_a_parameter_is_read_as_it_acts(anatomy: Anatomy) -> 
 def test_what_no_hook_can_catch_is_unread_with_the_names_of_its_parameters(anatomy: Anatomy) -> None:
     assert all(branch.reads is None and branch.writes is None for block in anatomy.blocks for branch in block.branches)
     assert [part.reason for part in anatomy.unread] == [
-        "what its branches read (out.0, down.0) can't be caught by a hook, nor in 1 blocks like it",
-        "what its branches add (out.0, down.0) can't be caught by a hook, nor in 1 blocks like it",
+        "what its branches read (out.0, down.0) can't be caught by a hook, nor in 1 other block",
+        "what its branches add (out.0, down.0) can't be caught by a hook, nor in 1 other block",
     ]
 
 

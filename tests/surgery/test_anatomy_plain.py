@@ -424,3 +424,22 @@ def test_a_learned_query_is_projected_like_any_other() -> None:
     anatomy = Anatomy.trace(Pool(), batch())
     assert anatomy.unread == ()
     assert [block.name for block in anatomy.blocks] == ["unit"]
+
+
+def test_a_packed_cross_attention_is_cut_before_its_products() -> None:
+    model = nn.Transformer(16, 2, 1, 1, 32, batch_first=True).eval()
+    anatomy = Anatomy.trace(model, (batch(), batch()[:, :3]))
+    across = anatomy.blocks[1].branches[1]
+    assert across.role == "cross_attention"
+    site = across.attention
+    assert site is not None
+    packed = "decoder.layers.0.multihead_attn.in_proj_weight"
+    assert [p and (p.parameter, p.rows) for p in (site.q, site.k, site.v)] == [
+        (packed, range(16)),
+        (packed, range(16, 32)),
+        (packed, range(32, 48)),
+    ]
+    query, memory = (anatomy.norms[name] for name in ("decoder.layers.0.norm1", "encoder.norm"))
+    assert [use.rows for use in query.uses if use.parameter == packed] == [range(16)]
+    assert [use.rows for use in memory.uses if use.parameter == packed] == [range(16, 48)]
+    assert [use.bias for use in memory.uses] == ["decoder.layers.0.multihead_attn.in_proj_bias"]

@@ -274,14 +274,15 @@ def _head(graph: Graph, additions: list[Addition], final: Value | None) -> tuple
 
 def _uncaught(blocks: tuple[Block, ...]) -> tuple[Unread, ...]:
     """Branches that are added in the middle of a forward, between functions, where a hook can't reach."""
-    reads = [block for block in blocks if any(branch.reads is None for branch in block.branches)]
-    adds = [block for block in blocks if any(branch.writes is None for branch in block.branches)]
     found = []
-    for missed, what in ((reads, "what its branches read"), (adds, "what its branches add")):
+    for side, verb in (("reads", "read"), ("writes", "add")):
+        missed = [(block, [b for b in block.branches if getattr(b, side) is None]) for block in blocks]
+        missed = [(block, branches) for block, branches in missed if branches]
         if missed:
-            more = f", nor in {len(missed) - 1} blocks like it" if len(missed) > 1 else ""
-            names = [b.writer.parameter for b in missed[0].branches if b.writer is not None]
-            found.append(Unread(missed[0].name, f"{what} ({', '.join(names)}) can't be caught by a hook{more}"))
+            (first, branches), more = missed[0], len(missed) - 1
+            names = ", ".join(b.writer.parameter if b.writer is not None else b.role for b in branches)
+            behind = f", nor in {more} other block{'s' if more > 1 else ''}" if more else ""
+            found.append(Unread(first.name, f"what its branches {verb} ({names}) can't be caught by a hook{behind}"))
     return tuple(found)
 
 

@@ -25,6 +25,7 @@ from setpoint.types import Projection, Tap
 class Weight:
     """A contraction with a parameter: the node, the parameter, and which of its axes meets which of the input's.
 
+    ``seen`` is the parameter as the op gets it (transposed, or a part of it), ``seen_axis`` its axis of outputs.
     ``input_axis`` is None where no single axis of the parameter meets the channels (a grouped convolution).
     """
 
@@ -35,6 +36,8 @@ class Weight:
     output_axis: int
     bias: str
     source: Value | None
+    seen: Value
+    seen_axis: int
 
     @property
     def is_convolution(self) -> bool:
@@ -168,7 +171,7 @@ class Graph:
         if axes.input is not None and (into is None or root.tensor.shape[into] != seen.tensor.shape[axes.input]):
             into = None
         biases = [r.name for _, r in found if r.kind == "parameter" and r.tensor.dim() == 1]
-        return Weight(node, root, axes.source, into, output, biases[0] if biases else "", source)
+        return Weight(node, root, axes.source, into, output, biases[0] if biases else "", source, seen, axes.output)
 
     def _axis(self, seen: Value, root: Value, axis: int) -> int:
         """Carry an axis of a view back to its parameter, through transposes and indexing of leading axes."""

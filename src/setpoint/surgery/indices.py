@@ -27,17 +27,31 @@ _IDENTITY = frozenset({"dropout", "to", "float", "half", "bfloat16", "double", "
 def output_rows(graph: Graph, weight: Weight, value: Value) -> Indices | None:
     """Output indices of a weight that end up in ``value``; None for all of them, or where it can't be followed."""
     total = weight.parameter.tensor.shape[weight.output_axis]
+    used = used_rows(graph, weight) or range(total)
     made = weight.node.outputs[0]
     axis = weight.source_axis if weight.node.op in CONVOLUTIONS else -1
-    if made.tensor.shape[axis] != total:
+    if made.tensor.shape[axis] != len(used):
         return None
-    numbers = _Numbers(graph, made, _along(made.tensor, (axis,))).of(value)
+    numbers = _Numbers(graph, made, _along(made.tensor, (axis,)).contiguous()).of(value)
     if numbers is None:
         return None
-    arrived = torch.zeros(total + 1, dtype=torch.bool, device=numbers.device)
+    arrived = torch.zeros(len(used) + 1, dtype=torch.bool, device=numbers.device)
     arrived[numbers.flatten() + 1] = True  # FOREIGN falls on the first place
-    rows: list[int] = arrived[1:].nonzero().flatten().tolist()
+    rows = sorted(used[row] for row in arrived[1:].nonzero().flatten().tolist())
     return None if len(rows) == total else _indices(rows)
+
+
+def used_rows(graph: Graph, weight: Weight) -> Indices | None:
+    """Output indices of the parameter that take part in the product, in order; None for all."""
+    parameter = weight.parameter
+    if weight.seen is parameter:
+        return None
+    axis = weight.output_axis - parameter.tensor.dim()
+    numbers = _Numbers(graph, parameter, _along(parameter.tensor, (axis,))).of(weight.seen)
+    if numbers is None:
+        return None
+    rows: list[int] = numbers.movedim(weight.seen_axis, 0)[(slice(None), *(0,) * (numbers.dim() - 1))].tolist()
+    return None if rows == list(range(parameter.tensor.shape[axis])) else _indices(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +71,7 @@ def read_channels(graph: Graph, start: Value, axes: tuple[int, ...], weight: Wei
     total = 1
     for axis in axes:
         total *= shape[axis]
-    numbers = _Numbers(graph, start, _along(start.tensor, axes)).of(weight.source)
+    numbers = _Numbers(graph, start, _along(start.tensor, axes).contiguous()).of(weight.source)
     if numbers is None:  # behind an op that mixes channels: no channel of the norm is met as such
         return Reading(None)
     met = numbers.movedim(weight.source_axis, -1)
@@ -77,10 +91,10 @@ def _indices(numbers: list[int]) -> Indices:
 
 
 def _along(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-    """Numbers that count along ``axes`` and are the same elsewhere, in a tensor's shape."""
+    """Numbers that count along ``axes`` and are the same elsewhere, in a tensor's shape but without its memory."""
     sizes = [size if axis - tensor.dim() in axes else 1 for axis, size in enumerate(tensor.shape)]
     count = int(torch.tensor(sizes).prod())
-    return torch.arange(count, device=tensor.device).reshape(sizes).expand(tensor.shape).contiguous()
+    return torch.arange(count, device=tensor.device).reshape(sizes).expand(tensor.shape)
 
 
 class _Numbers:
@@ -88,14 +102,15 @@ class _Numbers:
 
     def __init__(self, graph: Graph, start: Value, numbers: Tensor) -> None:
         self.graph = graph
-        self.start = 1 << start.index
+        self.start = start
         self.known: dict[int, Tensor | None] = {start.index: numbers}
 
     def of(self, value: Value) -> Tensor | None:
         """The numbers that ``value`` holds in place of the start's channels, None where they can't be followed."""
         if value.index not in self.known:
             self.known[value.index] = None
-            behind = self.graph.ancestors.get(value.index, 0) & self.start
+            # views of a parameter are few and have no ancestors on the tape
+            behind = self.start.kind == "parameter" or self.graph.descends(value, self.start)
             node = value.producer
             if behind and node is not None and node.func is not None:
                 if node.op in MOVES:

@@ -12,7 +12,7 @@ import torch
 
 from setpoint.surgery.behaviour import NormRead, norm_of_call, norms_inline
 from setpoint.surgery.graph import Graph, bit
-from setpoint.surgery.indices import read_channels
+from setpoint.surgery.indices import read_channels, used_rows
 from setpoint.surgery.ops import ACTIVATIONS, MOVES, NORMS
 from setpoint.surgery.tape import Node, Value
 from setpoint.types import NormKind, NormSite, Use
@@ -109,6 +109,7 @@ def find_uses(graph: Graph, read: NormRead, norms: list[NormRead]) -> list[Use]:
                         passed,
                         output_axis=weight.output_axis,
                         bias=weight.bias,
+                        rows=used_rows(graph, weight),
                     )
                 )
             elif node.op in MOVES or node.op in ACTIVATIONS:

@@ -87,6 +87,8 @@ class Use:
         op: Name of the reading op when it carries no weight.
         output_axis: The parameter's axis that indexes outputs.
         bias: Qualified name of the bias that goes with the weight, "" if none.
+        rows: Output indices of the parameter that take part, where it is cut before the product (the packed
+            in-projection of a cross-attention); None for all.
     """
 
     module: str
@@ -98,6 +100,7 @@ class Use:
     op: str = ""
     output_axis: int = 0
     bias: str = ""
+    rows: range | tuple[int, ...] | None = None
 
     @property
     def is_weight(self) -> bool:
