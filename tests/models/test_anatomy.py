@@ -38,7 +38,7 @@ IMAGES = torch.linspace(-3, 3, 2 * 3 * 16 * 16).sin().reshape(2, 3, 16, 16)
         (PostNorm(), "post", ("", "", "norm")),
         (PeriNorm(), "peri", ("norm", "out_norm", "")),
         (OutputNorm(), "output", ("", "out_norm", "")),
-        (ScaledPreNorm(), "pre", ("norm.norm", "", "")),
+        (ScaledPreNorm(), "pre", ("norm", "", "")),
     ],
     ids=["pre", "post", "peri", "output", "lns"],
 )
@@ -96,11 +96,14 @@ def test_query_and_key_norms_are_read_and_a_learnable_slot_does_not_hide_the_hea
     assert site.k.module == f"{owner}.k_proj"
 
 
-def test_scaled_norm_is_not_foldable_where_its_factor_stands_between() -> None:
+def test_scaled_norm_has_the_scale_in_its_gain() -> None:
     norms = Anatomy.trace(Transformer(CONFIG, block=ScaledPreNorm()), TOKENS).norms
-    assert norms["stack.blocks.0.attention.norm.norm"].foldable  # the factor of layer 1 is 1
-    assert not norms["stack.blocks.1.attention.norm.norm"].foldable
-    assert norms["stack.final_norm"].foldable
+    first, second = (norms[f"stack.blocks.{i}.attention.norm"] for i in (0, 1))
+    assert first.gain is not None
+    assert second.gain is not None
+    torch.testing.assert_close(first.gain, torch.ones(16))
+    torch.testing.assert_close(second.gain, torch.full((16,), 0.5**0.5), atol=1e-3, rtol=0)
+    assert (first.gain_parameter, second.gain_parameter) == ("stack.blocks.0.attention.norm.weight", "")
 
 
 def test_encoder_is_not_causal() -> None:

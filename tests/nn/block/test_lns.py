@@ -125,10 +125,47 @@ def test_state_dict_keys_and_parameters_are_those_of_pre_norm() -> None:
     plain.load_state_dict(scaled.state_dict())
     scaled.load_state_dict(plain.state_dict())
     scaled.load_state_dict(plain.state_dict(), assign=True)
-    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"norm.weight\""):
+    with pytest.raises(RuntimeError, match=r"Missing key\(s\) in state_dict: \"weight\""):
         LayerNormScaling(RMSNorm(8), 2).load_state_dict({})
     with pytest.raises(RuntimeError, match="Unexpected key"):
         LayerNormScaling(RMSNorm(8), 2).load_state_dict({"weight": torch.ones(8), "more": torch.ones(8)})
+
+
+def test_names_of_parameters_are_those_of_pre_norm_for_every_tool_that_goes_by_names() -> None:
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+
+    scaled, plain = Transformer(CONFIG, block=ScaledPreNorm()), Transformer(CONFIG)
+    assert [name for name, _ in scaled.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    set_model_state_dict(plain, get_model_state_dict(scaled))
+    found = torch.func.functional_call(scaled, dict(plain.named_parameters()), (TOKENS,))
+    torch.testing.assert_close(found, scaled(TOKENS))
+
+
+def test_conversion_to_another_dtype_or_from_the_meta_device_reaches_the_norm() -> None:
+    norm = LayerNormScaling(RMSNorm(8), 4).double()
+    assert norm(torch.randn(2, 8, dtype=torch.float64)).dtype == torch.float64
+    with torch.device("meta"):
+        empty = LayerNormScaling(RMSNorm(8), 4)
+    empty.to_empty(device="cpu").reset_parameters()
+    x = torch.randn(2, 8)
+    torch.testing.assert_close(empty(x), 0.5 * RMSNorm(8)(x))
+
+
+def test_reset_starts_the_gain_where_the_form_wants_it() -> None:
+    for learnable, start in ((False, 1.0), (True, 0.5)):
+        norm = LayerNormScaling(RMSNorm(8), 4, learnable=learnable)
+        nn.init.normal_(norm.weight)
+        norm.reset_parameters()
+        assert torch.equal(norm.weight, torch.full((8,), start))
+
+
+def test_a_norm_with_modes_follows_them() -> None:
+    norm, x = LayerNormScaling(nn.BatchNorm1d(8), 4), torch.randn(6, 8)
+    norm(x)
+    norm.eval()
+    torch.testing.assert_close(norm(x), 0.5 * norm.norm(x))
+    assert not norm.norm.training
+    assert "running_mean" in norm.state_dict()
 
 
 def test_copies_and_pickles_keep_keys_and_values() -> None:

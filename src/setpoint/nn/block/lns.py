@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -27,16 +27,15 @@ from setpoint.errors import InputError
 from setpoint.nn.block.base import NormFactory, Placement
 from setpoint.nn.block.pre_ln import PreLN
 
-_PREFIX = "norm."
-
 
 class LayerNormScaling(nn.Module):
     """``norm(x) * layer_index ** -power``, for any norm.
 
-    It has the state-dict keys of the norm that it wraps, so that a checkpoint fits with the scaling and without.
+    Its parameters are those of the norm that it wraps, under the same names (``weight``, not ``norm.weight``): a
+    checkpoint fits with the scaling and without.
 
     Args:
-        norm: The norm to scale; its whole output is scaled, its bias too.
+        norm: The norm to scale; its whole output is scaled, its bias too. It shares its parameters from now on.
         layer_index: Number of the layer, counted from 1.
         power: How fast the scale falls; 0.5 as published.
         learnable: Start the norm's gain (and bias) at the scale and train it, with no constant factor.
@@ -54,6 +53,9 @@ class LayerNormScaling(nn.Module):
         0.5
     """
 
+    norm: nn.Module
+    """The norm alone, with the same parameters."""
+
     def __init__(self, norm: nn.Module, layer_index: int, *, power: float = 0.5, learnable: bool = False) -> None:
         super().__init__()
         if isinstance(layer_index, bool) or not isinstance(layer_index, int) or layer_index < 1:
@@ -63,12 +65,17 @@ class LayerNormScaling(nn.Module):
             )
         self.layer_index, self.power, self.learnable = layer_index, power, learnable
         self.scale = 1.0 if learnable else float(layer_index) ** -power
-        self.norm = _scaled(norm, float(layer_index) ** -power) if learnable else norm
-        self.register_state_dict_post_hook(_drop_prefix)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_add_prefix)  # type: ignore[no-untyped-call]
+        norm = _scaled(norm, float(layer_index) ** -power) if learnable else norm
+        # The norm is no child: its parameters are this module's own, so that every tool that goes by names (optimizers,
+        # sharding, checkpoints) finds a Pre-LN model.
+        self.__dict__["norm"] = norm
+        self._parameters, self._buffers, self._modules = norm._parameters, norm._buffers, norm._modules
+        self._non_persistent_buffers_set = norm._non_persistent_buffers_set
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """The scaled norm of ``x``."""
+        if self.norm.training != self.training:
+            self.norm.train(self.training)
         y: Tensor = self.norm(x)
         return y if self.scale == 1.0 else y * self.scale
 
@@ -81,9 +88,17 @@ class LayerNormScaling(nn.Module):
         """
         return _scaled(self.norm, self.scale)
 
+    def reset_parameters(self) -> None:
+        """Start the norm anew: gain at 1, or at the scale if that is learnable."""
+        self.norm.reset_parameters()  # type: ignore[operator]
+        if self.learnable:
+            with torch.no_grad():
+                for parameter in self.norm.parameters():
+                    parameter.mul_(float(self.layer_index) ** -self.power)
+
     def extra_repr(self) -> str:
-        """The settings."""
-        return f"layer_index={self.layer_index}, power={self.power}, learnable={self.learnable}"
+        """The norm and the settings."""
+        return f"{self.norm}, layer_index={self.layer_index}, power={self.power}, learnable={self.learnable}"
 
 
 @dataclass(frozen=True)
@@ -148,14 +163,3 @@ def _scaled(norm: nn.Module, scale: float) -> nn.Module:
             f"keep the LayerNormScaling module"
         )
     return scaled
-
-
-def _drop_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, _metadata: dict[str, Any]) -> None:
-    inner = prefix + _PREFIX
-    for key in [key for key in state if key.startswith(inner)]:
-        state[prefix + key[len(inner) :]] = state.pop(key)
-
-
-def _add_prefix(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for key in [key for key in state if key.startswith(prefix)]:
-        state[prefix + _PREFIX + key[len(prefix) :]] = state.pop(key)
