@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from setpoint.errors import InputError
+from setpoint.probe import registry
 from setpoint.probe.base import Subject
 from setpoint.probe.interventions.dependence import MassiveDependence
 from setpoint.probe.interventions.hooks import caught, edited, exchange, module_at
@@ -227,7 +228,7 @@ def test_block_that_changes_the_shape_is_not_counted_as_idle() -> None:
     assert finding.numbers["cheap"] == 0
 
 
-def test_half_of_the_blocks_idle_is_a_warning_in_nats() -> None:
+def test_half_of_the_blocks_idle_is_a_warning() -> None:
     model = Stack(4)
     for i in (1, 2):
         nn.init.zeros_(model.layers[i].mlp.down.weight)
@@ -240,7 +241,8 @@ def test_half_of_the_blocks_idle_is_a_warning_in_nats() -> None:
 
     (finding,) = BlockRemoval()(subject(model, [x], 4, loss), trace_of())
     assert finding.severity == "warning"
-    assert finding.unit == "nats"
+    assert finding.unit == "loss", "only a language model's loss is known to be in nats"
+    assert " nats" not in finding.evidence
     assert "blocks 1-2" in finding.evidence
 
 
@@ -317,6 +319,78 @@ def test_language_models_are_judged_by_perplexity() -> None:
     assert "Perplexity 2.72 becomes" in finding.evidence
     assert finding.numbers["loss"] == pytest.approx(1.0)
     assert finding.numbers["zero_loss"] > 1.05
+
+
+class SummedOutside(nn.Module):
+    """A network that adds its branches in its own forward; ``spike`` is written to one channel at one place."""
+
+    def __init__(self, spatial: bool) -> None:
+        super().__init__()
+        width = 16
+        make = (lambda: nn.Conv2d(width, width, 1)) if spatial else (lambda: nn.Linear(width, width))
+        self.branches = nn.ModuleList(make() for _ in range(4))
+        self.last = nn.Identity()
+        self.spatial = spatial
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, branch in enumerate(self.branches):
+            x = x + branch(x)
+            if i == 1:
+                x = x + self._spike(x)
+        return self.last(x)
+
+    def _spike(self, x: Tensor) -> Tensor:
+        spike = torch.zeros_like(x)
+        spike[(slice(None), 3, 0, 0) if self.spatial else (slice(None), 0, 3)] = 5000.0
+        return spike
+
+
+def blocks_summed_outside() -> tuple[Block, ...]:
+    streams = [Tap(f"branches.{i}", "input") for i in range(4)] + [Tap("last", "input")]
+    return tuple(
+        Block(i, "", (Branch("other", streams[i], Tap(f"branches.{i}", "output")),), streams[i], streams[i + 1])
+        for i in range(4)
+    )
+
+
+@pytest.mark.parametrize("spatial", [False, True])
+def test_entry_of_a_stream_that_is_caught_as_an_input_is_removed_from_the_skip_path_too(spatial: bool) -> None:
+    model, axis = SummedOutside(spatial), 1 if spatial else -1
+    batch = torch.randn(2, 16, 3, 4) if spatial else torch.randn(2, 6, 16)
+    site = Site("block 1 residual", "residual", Tap("branches.2", "input"), 1, axis, "branches.2")
+    record = Record(site, median=0.7, peaks=(Peak(5000.0, 0, 0, 3), Peak(5000.0, 1, 0, 3)))
+    target = Subject(model, SimpleNamespace(blocks=blocks_summed_outside()), [batch], lambda m, b: m(b))
+    (finding,) = MassiveDependence()(target, trace_of(record))
+    with torch.no_grad():
+        plain = model(batch)
+        x = batch + model.branches[0](batch)
+        x = x + model.branches[1](x)
+        x[(slice(None), 3, 0, 0) if spatial else (slice(None), 0, 3)] = 0.0
+        for branch in list(model.branches)[2:]:
+            x = x + branch(x)
+    assert finding.numbers["zero_moved"] == pytest.approx(float((x - plain).norm() / plain.norm()), rel=1e-4)
+    assert finding.numbers["zero_moved"] > 0.5 > 0.1 > finding.numbers["control_moved"]
+    assert untouched(model)
+
+
+def test_intervention_tests_the_entries_that_the_recording_reported() -> None:
+    batch = torch.randn(2, 6, 16)
+    batch[1] *= 20.0  # beside the median of its own sequence alone the entry would not be massive
+    (finding,) = MassiveDependence()(subject(Sink(), [batch[1:]], 0), sink_trace())
+    assert finding.numbers["zero_moved"] > 0.01
+
+
+def test_an_intervention_that_fails_costs_nothing_but_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> list[Any]:
+        raise RuntimeError("no such layer")
+
+    monkeypatch.setattr(BlockRemoval, "__call__", refuse)
+    target = subject(Sink(), [torch.randn(2, 6, 16)] * 2, 0)
+    with pytest.warns(UserWarning, match="no such layer"):
+        found = registry.deepen(target, sink_trace(), registry.run(registry.PROBES, sink_trace()))
+    (finding,) = (f for f in found if f.code == "massive-activation")
+    assert finding.numbers["relies"] == "yes"
+    assert target.failed == ["idle-layers (deep): what leaving a block out costs was not measured: no such layer"]
 
 
 def test_nothing_massive_means_no_pass_at_all() -> None:

@@ -248,6 +248,32 @@ def test_weak_skip_path_makes_the_gradient_vanish_toward_the_input() -> None:
     assert "vanishes toward the input" in finding.evidence
 
 
+def squares(output: Tensor, _batch: Any) -> Tensor:
+    return output.square().mean()
+
+
+def test_gradients_of_a_network_without_blocks_are_compared_layer_by_layer() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.Sigmoid()) for _ in range(12)]
+    trace = record(nn.Sequential(*layers), [torch.randn(16, 64)], loss=squares)
+    (finding,) = registry.run(registry.probes_for({"gradient-imbalance"}), trace)
+    assert finding.id == "gradient-imbalance@layers"
+    assert finding.severity == "warning"
+    assert "vanishes toward the input" in finding.evidence
+    assert finding.sites == ("11.0",)
+    assert finding.chart is not None
+    assert finding.chart.x == "layer, in order of execution"
+
+
+def test_a_frozen_layer_of_a_network_without_blocks_is_named() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)))
+    model[2].requires_grad_(False)
+    trace = record(model, [torch.randn(16, 64)], loss=squares)
+    (finding,) = registry.run(registry.probes_for({"gradient-imbalance"}), trace)
+    assert (finding.id, finding.severity, finding.sites) == ("gradient-imbalance@no-gradient", "info", ("2.0",))
+
+
 def test_detached_stream_leaves_early_blocks_without_gradient() -> None:
     model = network()
     model.layers[1].register_forward_hook(lambda _m, _a, output: output.detach().requires_grad_())

@@ -13,7 +13,7 @@ from setpoint.probe.activity import ActivationSparsity, DeadUnits
 from setpoint.probe.attention import AttentionCollapse, AttentionSaturation
 from setpoint.probe.base import Probe
 from setpoint.probe.channels import OutlierChannels
-from setpoint.probe.gradients import GradientImbalance, block_gradients
+from setpoint.probe.gradients import GradientImbalance, depth_of
 from setpoint.probe.groups import NormMismatch, effective_rotation
 from setpoint.probe.idle import IdleLayers
 from setpoint.probe.massive import MassiveActivation
@@ -142,7 +142,7 @@ def test_block_gradient_is_the_rms_over_its_parameters() -> None:
         "b": ParameterRecord("b", 0, 16, 1.0, 4.0),
         "c": ParameterRecord("c", None, 100, 1.0, 50.0),
     }
-    assert block_gradients(trace_of(parameters=parameters)) == {0: pytest.approx(1.0)}
+    assert depth_of(trace_of(parameters=parameters)).gradients == {0: pytest.approx(1.0)}
 
 
 def test_vanishing_gradient_names_its_direction_and_ratio() -> None:

@@ -412,7 +412,7 @@ def test_a_mask_that_fits_only_some_batches_is_refused() -> None:
 
 def test_groups_that_are_no_tensors_are_refused_by_name() -> None:
     model = Network()
-    with pytest.raises(InputError, match="'text' needs a bool tensor.*got list"):
+    with pytest.raises(InputError, match=r"'text' needs a bool tensor.*got list"):
         record(model, [ids()], sites=sites(model), groups={"text": [True] * 12})  # type: ignore[dict-item]
 
 

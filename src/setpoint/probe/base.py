@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -85,8 +85,9 @@ class Subject:
         anatomy: Its `setpoint.surgery.Anatomy`.
         batches: Real inputs; a few hundred tokens are enough for every intervention here.
         forward: ``forward(model, batch)`` returns the output.
-        loss: ``loss(output, batch)``, mean nats per token, or None.
+        loss: ``loss(output, batch)``, a scalar (mean nats per token for a language model), or None.
         progress: ``progress(done, total, text)``, or None.
+        failed: Interventions that this model could not take, one line each; filled as they run.
     """
 
     model: nn.Module
@@ -95,6 +96,7 @@ class Subject:
     forward: Callable[[nn.Module, Any], Any]
     loss: Callable[[Any, Any], Tensor] | None = None
     progress: Callable[[int, int, str], None] | None = None
+    failed: list[str] = field(default_factory=list)
 
 
 class Intervention(_Reporter, ABC):
@@ -212,15 +214,16 @@ def profile(
     y: str,
     lines: Mapping[str, Iterable[tuple[int, float | None]]],
     *,
+    x: str = "block",
     log: bool = False,
     threshold: float | None = None,
 ) -> Chart:
-    """A chart of quantities over depth; non-finite values become gaps."""
+    """A chart of quantities over depth, counted in blocks unless ``x`` says otherwise; non-finite values are gaps."""
     series = []
     for name, points in lines.items():
         pairs = [(float(x), float(v) if v is not None and isfinite(v) else None) for x, v in points]
         series.append(Series(name, tuple(x for x, _ in pairs), tuple(v for _, v in pairs)))
-    return Chart("profile", title, "block", y, tuple(series), log=log, threshold=threshold)
+    return Chart("profile", title, x, y, tuple(series), log=log, threshold=threshold)
 
 
 def heatmap(title: str, y: str, rows: Mapping[str, Mapping[int, float]], channels: Sequence[int]) -> Chart:

@@ -1,6 +1,7 @@
 """How evenly the loss gradient is spread over depth.
 
-Compared are the rms gradients of all parameters of each block: with post-norm the gradient at initialization is larger
+Compared are the rms gradients of all parameters of each block, or of each linear and convolution where there are no
+blocks: with post-norm the gradient at initialization is larger
 near the output, with pre-norm it is small and even (Xiong et al., 2020, arXiv 2002.04745). When early and late blocks
 differ by orders of magnitude, one learning rate can't serve both, and an optimizer without a scale of its own (SGD)
 trains only one end of the network.
@@ -9,40 +10,69 @@ trains only one end of the network.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 from typing import ClassVar
 
 import numpy as np
 
-from setpoint.probe.base import Needs, Probe, known, number, profile, range_words
-from setpoint.types import Finding, Stat, Trace
+from setpoint.probe.base import Needs, Probe, known, listed, number, profile, range_words
+from setpoint.types import Chart, Finding, ParameterRecord, SiteRole, Stat, Trace
+
+_LAYERS: tuple[SiteRole, ...] = ("hidden", "convolution")
 
 
-def block_gradients(trace: Trace) -> dict[int, float]:
-    """Rms gradient over all parameters of each block; empty when no loss was given."""
+@dataclass(frozen=True)
+class Depth:
+    """The parts of a network in order of depth, and the gradient that each gets.
+
+    Args:
+        part: ``"block"``, or ``"layer"`` for a network without blocks: a linear or a convolution.
+        names: Of all parts, with a gradient or without.
+        gradients: Part -> rms gradient over all its parameters; empty when no loss was given.
+    """
+
+    part: str
+    names: tuple[str, ...]
+    gradients: Mapping[int, float]
+
+
+def depth_of(trace: Trace) -> Depth:
+    """Blocks where the network has them, else its layers in order of execution."""
+    numbers = {p.block for p in trace.parameters.values() if p.block is not None}
+    if numbers:
+        names = tuple(f"block {b}" for b in range(max(numbers) + 1))
+        return Depth("block", names, _pooled(trace, lambda p: p.block))
+    layers = tuple(dict.fromkeys(r.site.module for r in trace.records.values() if r.site.role in _LAYERS))
+    order = {layer: index for index, layer in enumerate(layers)}
+    return Depth("layer", layers, _pooled(trace, lambda p: order.get(p.name.rpartition(".")[0])))
+
+
+def _pooled(trace: Trace, part_of: Callable[[ParameterRecord], int | None]) -> dict[int, float]:
     squares: dict[int, float] = defaultdict(float)
     sizes: dict[int, int] = defaultdict(int)
     for p in trace.parameters.values():
-        if p.block is not None and p.gradient_norm is not None and known(p.gradient_norm):
-            squares[p.block] += p.gradient_norm**2
-            sizes[p.block] += p.size
+        part = part_of(p)
+        if part is not None and p.gradient_norm is not None and known(p.gradient_norm):
+            squares[part] += p.gradient_norm**2
+            sizes[part] += p.size
     return {b: sqrt(squares[b] / sizes[b]) for b in sorted(squares) if sizes[b]}
 
 
 @dataclass(frozen=True)
 class GradientImbalance(Probe):
-    """Early and late blocks get gradients of very different size. Silent without a loss.
+    """Early and late blocks (or layers) get gradients of very different size. Silent without a loss.
 
-    The first and last thirds of the blocks are compared by the geometric mean of their rms gradients: ``warning``
-    beyond ``limit``. Blocks whose gradient is exactly zero while others have one are a ``warning`` too; blocks that no
-    gradient reaches, because they are frozen or cut off, are ``info``.
+    The first and last thirds are compared by the geometric mean of their rms gradients: ``warning`` beyond ``limit``.
+    Layers stand in for blocks where a network has none. Blocks whose gradient is exactly zero while others have one are
+    a ``warning`` too; blocks that no gradient reaches, because they are frozen or cut off, are ``info``.
 
     Args:
         limit: Ratio between the ends (setpoint: measured at 1 to 4 on a trained MobileNetV2 and on freshly initialized
-            GPT-2, Llama and BERT models of 6 to 24 layers, at 1,000 and more on a plain ReLU network of 12 layers with
-            PyTorch's default initialization).
-        fewest: Blocks below which nothing is said.
+            GPT-2, Llama and BERT models of 6 to 24 layers; on plain networks with PyTorch's default initialization at
+            66 to 117 for 12 ReLU layers, 250,000 and more for 24, and 1,500 and more for 6 sigmoid layers).
+        fewest: Blocks or layers below which nothing is said.
     """
 
     limit: float = 100.0
@@ -53,6 +83,7 @@ class GradientImbalance(Probe):
     needs: ClassVar[Needs] = {
         "residual": frozenset({Stat.GRADIENT}),
         "embedding": frozenset({Stat.GRADIENT}),
+        **{role: frozenset({Stat.MOMENTS}) for role in _LAYERS},
     }
     explanation: ClassVar[str] = (
         "The gradient of the loss reaches the blocks at one end of the network with a size far from that at the "
@@ -64,32 +95,19 @@ class GradientImbalance(Probe):
 
     def __call__(self, trace: Trace) -> list[Finding]:
         """At most one finding for the imbalance and one for blocks without gradient."""
-        gradients = block_gradients(trace)
+        depth = depth_of(trace)
+        gradients = depth.gradients
         if len(gradients) < self.fewest:
             return []
+        chart = profile(
+            f"Rms gradient of each {depth.part}'s parameters",
+            "gradient",
+            {"rms": gradients.items()},
+            x=depth.part if depth.part == "block" else "layer, in order of execution",
+            log=True,
+        )
+        found = self._unreached(trace, depth, chart)
         alive = {b: g for b, g in gradients.items() if g > 0}
-        dead = [b for b in gradients if b not in alive]
-        unreached = sorted({p.block for p in trace.parameters.values() if p.block is not None} - gradients.keys())
-        chart = profile("Rms gradient of each block's parameters", "gradient", {"rms": gradients.items()}, log=True)
-        found: list[Finding] = []
-        if alive and (dead or unreached):
-            blocks = sorted([*dead, *unreached])
-            found.append(
-                self.finding(
-                    "no-gradient",
-                    "warning" if dead else "info",
-                    value=len(blocks),
-                    unit="blocks",
-                    threshold=0,
-                    source="a trained block must receive a gradient",
-                    sites=[f"block {b}" for b in blocks],
-                    evidence=f"{len(blocks)} of {len(gradients) + len(unreached)} blocks receive no gradient at all "
-                    f"({range_words(blocks)}): "
-                    + ("it is exactly zero." if dead else "they are frozen, or the stream is detached behind them."),
-                    numbers={"blocks": len(blocks), "first": blocks[0]},
-                    chart=chart,
-                )
-            )
         if len(alive) < self.fewest:
             return found
         values = np.log(np.array(list(alive.values())))
@@ -98,21 +116,48 @@ class GradientImbalance(Probe):
         ratio = max(early / late, late / early)
         if ratio > self.limit:
             toward = "vanishes toward the input" if late > early else "grows toward the input"
-            blocks = list(alive)
-            worst = blocks[0] if late < early else blocks[-1]
+            parts = list(alive)
+            worst = parts[0] if late < early else parts[-1]
             found.append(
                 self.finding(
-                    "blocks",
+                    f"{depth.part}s",
                     "warning",
                     value=ratio,
                     unit="x between the ends",
                     threshold=self.limit,
-                    source="setpoint: normalized networks were measured at 1 to 4, an unnormalized one at 1,000",
-                    sites=[f"block {worst}"],
-                    evidence=f"The gradient {toward}: rms {number(early)} in the first {third} blocks, "
+                    source="setpoint: normalized networks were measured at 1 to 4, 24 plain ReLU layers at 250,000",
+                    sites=[depth.names[worst]],
+                    evidence=f"The gradient {toward}: rms {number(early)} in the first {third} {depth.part}s, "
                     f"{number(late)} in the last {third}, a factor of {number(ratio)}.",
                     numbers={"early": early, "late": late, "ratio": ratio, "loss": trace.loss or "unknown"},
                     chart=chart,
                 )
             )
         return found
+
+    def _unreached(self, trace: Trace, depth: Depth, chart: Chart) -> list[Finding]:
+        """Parts without gradient while others have one."""
+        zero = [b for b, g in depth.gradients.items() if not g > 0]
+        if len(zero) == len(depth.gradients):
+            return []
+        held = {p.block for p in trace.parameters.values()} if depth.part == "block" else range(len(depth.names))
+        parts = sorted({b for b in held if b is not None} - depth.gradients.keys() | set(zero))
+        if not parts:
+            return []
+        which = range_words(parts) if depth.part == "block" else listed([depth.names[b] for b in parts])
+        return [
+            self.finding(
+                "no-gradient",
+                "warning" if zero else "info",
+                value=len(parts),
+                unit=f"{depth.part}s",
+                threshold=0,
+                source=f"a trained {depth.part} must receive a gradient",
+                sites=[depth.names[b] for b in parts],
+                evidence=f"{len(parts)} of {len(set(parts) | depth.gradients.keys())} {depth.part}s receive no "
+                f"gradient at all ({which}): "
+                + ("it is exactly zero." if zero else "they are frozen, or the stream is detached behind them."),
+                numbers={f"{depth.part}s": len(parts), "first": parts[0]},
+                chart=chart,
+            )
+        ]

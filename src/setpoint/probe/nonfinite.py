@@ -73,7 +73,8 @@ class NonFinite(Probe):
         share = first.non_finite / max(first.count, first.non_finite)
         given = int(trace.facts.get("non_finite_inputs", 0))
         origin = f"The input already holds {given:,}; this" if given else "This"
-        behind = f", and {len(hit) - 1} places behind it carry some too" if len(hit) > 1 else ""
+        wake = len(hit) - 1
+        behind = f", and {wake} place{'s' if wake > 1 else ''} behind it carry some too" if wake else ""
         return [
             self.finding(
                 place(first.site),
@@ -83,8 +84,8 @@ class NonFinite(Probe):
                 threshold=self.most,
                 source="an activation must be a finite number",
                 sites=[r.site.name for r in hit],
-                evidence=f"{first.non_finite:,} values ({percent(share)}) are inf or nan at {first.site.name}. {origin} "
-                f"is the first of {len(trace.records)} measured places with any{behind}.",
+                evidence=f"{first.non_finite:,} values ({percent(share)}) are inf or nan at {first.site.name}. "
+                f"{origin} is the first of {len(trace.records)} measured places with any{behind}.",
                 numbers={"non_finite": first.non_finite, "share": share, "sites": len(hit), "in_the_input": given},
             )
         ]

@@ -8,6 +8,7 @@ True
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
@@ -99,7 +100,8 @@ def deepen(
     """Run the interventions and let what they found replace or join the findings of the recording.
 
     A finding of an intervention with the id of an earlier one takes its place and keeps its chart if it has none of
-    its own.
+    its own. An intervention that fails on this model costs its own findings and no others: what it was and why is
+    warned of and noted in ``subject.failed``.
 
     Args:
         subject: The model and what runs it. It is untouched afterwards.
@@ -112,7 +114,7 @@ def deepen(
     """
     merged = {finding.id: finding for finding in findings}
     for intervention in interventions_for(codes):
-        for finding in intervention(subject, trace):
+        for finding in _attempted(intervention, subject, trace):
             earlier = merged.get(finding.id)
             if earlier is not None:
                 finding = replace(
@@ -122,6 +124,17 @@ def deepen(
                 )
             merged[finding.id] = finding
     return by_severity(merged.values())
+
+
+def _attempted(intervention: Intervention, subject: Subject, trace: Trace) -> list[Finding]:
+    try:
+        return intervention(subject, trace)
+    except Exception as error:  # whatever a model does when its inside is changed: the recording stands
+        reason = " ".join(str(error).split()) or type(error).__name__
+        note = f"{intervention.code} (deep): {intervention.title[0].lower()}{intervention.title[1:]} was not measured"
+        subject.failed.append(f"{note}: {reason}")
+        warnings.warn(subject.failed[-1], stacklevel=3)
+        return []
 
 
 def with_remedies(finding: Finding, structure: Collection[str]) -> Finding:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from setpoint.errors import InputError, nearest
 from setpoint.types import Tap
 
-Edit = Callable[[Tensor], Tensor]
+TensorEdit = Callable[[Tensor], Tensor]
 
 
 def module_at(model: nn.Module, name: str) -> nn.Module:
@@ -35,7 +35,7 @@ def module_at(model: nn.Module, name: str) -> nn.Module:
         ) from None
 
 
-def exchange(tree: Any, index: int, edit: Edit) -> Any:
+def exchange(tree: Any, index: int, edit: TensorEdit) -> Any:
     """A structure like ``tree`` in which the tensor number ``index``, counted in order, went through ``edit``.
 
     Args:
@@ -86,7 +86,7 @@ def exchange(tree: Any, index: int, edit: Edit) -> Any:
 
 
 @contextmanager
-def edited(model: nn.Module, edits: Mapping[Tap, Edit]) -> Iterator[None]:
+def edited(model: nn.Module, edits: Mapping[Tap, TensorEdit]) -> Iterator[None]:
     """For one forward pass, exchange the tensor at each tap for what its edit returns.
 
     Calls of a module are counted from the start of the context, so enter it anew for each pass.
@@ -121,7 +121,7 @@ def caught(model: nn.Module, taps: Sequence[Tap]) -> Iterator[dict[Tap, Tensor]]
     """
     found: dict[Tap, Tensor] = {}
 
-    def keeper(tap: Tap) -> Edit:
+    def keeper(tap: Tap) -> TensorEdit:
         def keep(tensor: Tensor) -> Tensor:
             found[tap] = tensor
             return tensor
@@ -132,7 +132,7 @@ def caught(model: nn.Module, taps: Sequence[Tap]) -> Iterator[dict[Tap, Tensor]]
         yield found
 
 
-def _by_place(edits: Mapping[Tap, Edit]) -> dict[tuple[str, str], list[Tap]]:
+def _by_place(edits: Mapping[Tap, TensorEdit]) -> dict[tuple[str, str], list[Tap]]:
     places: dict[tuple[str, str], list[Tap]] = {}
     for tap in edits:
         places.setdefault((tap.module, tap.side), []).append(tap)
@@ -142,7 +142,7 @@ def _by_place(edits: Mapping[Tap, Edit]) -> dict[tuple[str, str], list[Tap]]:
 class _Hook:
     """One side of one module: counts its calls and applies the edits that are due."""
 
-    def __init__(self, taps: Sequence[Tap], edits: Mapping[Tap, Edit]) -> None:
+    def __init__(self, taps: Sequence[Tap], edits: Mapping[Tap, TensorEdit]) -> None:
         self.taps = taps
         self.edits = edits
         self.calls = 0

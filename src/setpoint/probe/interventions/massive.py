@@ -111,10 +111,14 @@ def massive_entries(
         raise InputError(f"Expected hidden states of shape (batch, tokens, channels), got {tuple(hidden.shape)}.")
     sizes = hidden.detach().float().abs()
     medians = sizes.flatten(1).median(dim=1).values
-    massive = (sizes > abs_threshold) & (sizes > rel_threshold * medians[:, None, None])
-    entries = [Entry(int(s), int(t), int(c), float(hidden[s, t, c])) for s, t, c in massive.nonzero().tolist()]
-    entries.sort(key=lambda e: -abs(e.value))
-    return tuple(entries), float(sizes.max()), float(sizes.median())
+    entries = entries_where(hidden, (sizes > abs_threshold) & (sizes > rel_threshold * medians[:, None, None]))
+    return entries, float(sizes.max()), float(sizes.median())
+
+
+def entries_where(hidden: Tensor, chosen: Tensor) -> tuple[Entry, ...]:
+    """The entries of ``hidden``, shape ``(batch, tokens, channels)``, that a mask of its shape names, largest first."""
+    entries = [Entry(s, t, c, float(hidden[s, t, c])) for s, t, c in chosen.nonzero().tolist()]
+    return tuple(sorted(entries, key=lambda e: -abs(e.value)))
 
 
 def massive_activations(

@@ -1,6 +1,7 @@
 """What an intervention did to the output, as one number.
 
-With a loss it is the loss itself, in nats per token; without one it is how far the output moved, relative to its size.
+With a loss it is the loss itself (nats per token for a language model); without one it is how far the output moved,
+relative to its size.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from setpoint.probe.base import Subject, percent
 from setpoint.running import tensors_of
 from setpoint.types import Task
 
-Change = Callable[[int], AbstractContextManager[Any]]
+ChangedPass = Callable[[int], AbstractContextManager[Any]]
 """``change(index)`` opens the context in which the changed pass of batch ``index`` runs."""
 
 
@@ -27,7 +28,7 @@ class Outcome:
     """Mean loss before and after, or the relative change of the output when there is no loss.
 
     Args:
-        before, after: Mean loss in nats; None without a loss.
+        before, after: Mean loss, in nats for a language model; None without a loss.
         moved: ``|after - before| / |before|`` of the output, over all batches.
     """
 
@@ -37,7 +38,7 @@ class Outcome:
 
     @property
     def rise(self) -> float:
-        """Rise of the loss in nats, or the output's relative change when there is no loss."""
+        """Rise of the loss, or the output's relative change when there is no loss."""
         return self.moved if self.before is None or self.after is None else self.after - self.before
 
     def figure(self, task: Task) -> str:
@@ -46,7 +47,7 @@ class Outcome:
 
 
 def level(loss: float, task: Task) -> str:
-    """A loss for a person to read: as perplexity for a language model, in nats otherwise.
+    """A loss for a person to read: as perplexity for a language model, as it is otherwise.
 
     >>> level(2.0, "language-model"), level(15.0, "language-model"), level(2.0, "encoder")
     ('7.39', '3.27e+06', '2.000')
@@ -85,7 +86,7 @@ class Bench:
         """Mean loss of the unchanged model."""
         return _mean([loss for _, loss in self._plain])
 
-    def outcome(self, change: Change) -> Outcome:
+    def outcome(self, change: ChangedPass) -> Outcome:
         """What ``change`` does to the output."""
         losses: list[float | None] = []
         moved = size = 0.0

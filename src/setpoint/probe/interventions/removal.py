@@ -74,7 +74,7 @@ class BlockRemoval(Intervention):
     """Leaves each block out in turn. ``warning`` when at least ``share`` of them cost next to nothing, else ``info``.
 
     Args:
-        cheap: Rise of the loss in nats, or relative change of the output, below which a block costs next to nothing
+        cheap: Rise of the loss, or relative change of the output, below which a block costs next to nothing
             (setpoint: 0.01 nats is one per cent of perplexity).
         share: Share of the blocks (as `setpoint.probe.idle.IdleLayers`).
         batches: Batches to use, at most.
@@ -117,9 +117,10 @@ class BlockRemoval(Intervention):
         (least, low), (most, high) = order[0], order[-1]
 
         def cost(outcome: Outcome) -> str:
-            return f"{outcome.rise:+.3f} nats" if with_loss else f"output moved by {percent(outcome.rise)}"
+            return f"{outcome.rise:+.3f}{nats}" if with_loss else f"output moved by {percent(outcome.rise)}"
 
-        unit = "nats" if with_loss else "relative change of the output"
+        nats = " nats" if trace.task == "language-model" else ""
+        unit = (nats.strip() or "loss") if with_loss else "relative change of the output"
         words = f"{len(cheap)} of {len(outcomes)} blocks cost under {number(self.cheap)} {unit} when left out"
         where = f" ({range_words(cheap)})" if cheap else ""
         return self.finding(
