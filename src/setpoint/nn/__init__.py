@@ -21,7 +21,7 @@ from setpoint.nn.norm.batchnorm import (
 )
 from setpoint.nn.norm.batchnorm_tools import fold_batchnorm, freeze_batchnorm, recalibrate
 from setpoint.nn.norm.dyt import DyT
-from setpoint.nn.norm.functional import crms_norm, rms_norm
+from setpoint.nn.norm.functional import crms_norm, layer_norm, rms_norm
 from setpoint.nn.norm.layernorm import LayerNorm, LayerNorm2d, LayerNormCHW
 from setpoint.nn.norm.rmsnorm import CRMSNorm, RMSNorm
 
@@ -58,6 +58,7 @@ __all__ = [
     "crms_norm",
     "fold_batchnorm",
     "freeze_batchnorm",
+    "layer_norm",
     "placement",
     "recalibrate",
     "rms_norm",

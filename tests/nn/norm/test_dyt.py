@@ -110,6 +110,19 @@ def test_parameters_are_one_scalar_and_two_per_channel() -> None:
     assert DyT(6).alpha.shape == (1,)
 
 
+def test_compiled_layer_agrees_over_the_whole_range() -> None:
+    """Compiled code for a CPU takes tanh from an exponential; here are its two branches, their seam and both ends."""
+    layer = DyT(7)
+    sizes = torch.tensor([0.0, 1e-30, 1e-3, 0.59, 0.6, 0.61, 3.0, 20.0, 1e4, 1e30, float("inf")])
+    x = torch.cat([sizes, -sizes])[:, None].expand(-1, 7).contiguous().requires_grad_()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), layer(x), atol=0, rtol=1e-6)
+    finite = x[torch.isfinite(x[:, 0])].detach().requires_grad_()
+    arguments = (finite, layer.alpha, layer.weight, layer.bias)
+    own, wanted = (torch.autograd.grad(call(finite).sum(), arguments) for call in (compiled, layer))
+    torch.testing.assert_close(own, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_training_and_evaluation_are_the_same() -> None:
     layer, x = DyT(6), torch.randn(4, 6)
     assert torch.equal(layer.train()(x), layer.eval()(x))

@@ -114,6 +114,18 @@ def test_large_offset_does_not_cancel() -> None:
     torch.testing.assert_close(standardized(x + 1e4), standardized((x + 1e4).double()).float(), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("rows", [5, 256])
+def test_compiled_training_has_torchs_gradients(rows: int) -> None:
+    layer, x = LayerNorm(24), torch.randn(rows, 24, requires_grad=True)
+    torch.nn.init.normal_(layer.weight)
+    g = torch.randn(rows, 24)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    arguments = (x, layer.weight, layer.bias)
+    own = torch.autograd.grad(compiled(x), arguments, g)
+    theirs = torch.autograd.grad(F.layer_norm(x, (24,), layer.weight, layer.bias), arguments, g)
+    torch.testing.assert_close(own, theirs, atol=3e-5, rtol=3e-5)
+
+
 def test_training_and_evaluation_are_the_same() -> None:
     layer, x = LayerNorm(8), torch.randn(3, 8)
     assert torch.equal(layer.train()(x), layer.eval()(x))

@@ -20,11 +20,49 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn import functional as F
 
 from setpoint.nn.norm.checks import expect_trailing, shape_of
 
 _HALF = (torch.float16, torch.bfloat16)
 _BLOCKS = 64
+
+
+def layer_norm(
+    x: Float[Tensor, "... dim"],
+    normalized_shape: int | Sequence[int],
+    weight: Float[Tensor, " dim"] | None = None,
+    bias: Float[Tensor, " dim"] | None = None,
+    eps: float = 1e-5,
+) -> Float[Tensor, "... dim"]:
+    """`torch.nn.functional.layer_norm`; trained in compiled code on a CPU, twice as fast.
+
+    Args:
+        x: Input ``(*, *normalized_shape)``.
+        normalized_shape: The sizes normalized over, the last ones of ``x``.
+        weight, bias: Gain and addend of shape ``normalized_shape``, None for 1 and 0.
+        eps: Added to the variance, inside the root.
+
+    Returns:
+        A tensor of the shape of ``x``.
+
+    Example:
+        >>> layer_norm(torch.tensor([1.0, 3.0]), 2, eps=0.0)
+        tensor([-1.,  1.])
+    """
+    shape = shape_of(normalized_shape, "layer_norm")
+    if (
+        torch.compiler.is_compiling()
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_exporting()  # a program that is kept had better say layer_norm
+        and x.device.type == "cpu"
+        and weight is not None
+        and weight.dim() == 1
+        and x.dtype == weight.dtype
+        and x.dtype not in _HALF
+    ):
+        return scale_shift(F.layer_norm(x, shape, None, None, eps), weight, bias)
+    return F.layer_norm(x, shape, weight, bias, eps)
 
 
 def rms_norm(
@@ -234,9 +272,9 @@ class _TanhByExp(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        t = _TanhByExp.forward(*ctx.saved_tensors)  # computing it again is cheaper than storing it
-        dx: Tensor = gradient * (1 - t * t)
-        return dx
+        t: Tensor = _TanhByExp.forward(*ctx.saved_tensors)  # computing it again is cheaper than storing it
+        slope: Tensor = 1 - t * t
+        return gradient * slope
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -15,9 +15,9 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from setpoint.nn.norm.checks import expect_channels, expect_trailing, shape_of
+from setpoint.nn.norm.functional import layer_norm
 
 
 class LayerNorm(nn.LayerNorm):
@@ -60,7 +60,7 @@ class LayerNorm(nn.LayerNorm):
     def forward(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Normalize ``(*, *normalized_shape)``; shape and dtype stay."""
         expect_trailing(x, self.normalized_shape, "LayerNorm")
-        return super().forward(x)
+        return layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
 
 
 class LayerNorm2d(nn.LayerNorm):
@@ -105,7 +105,7 @@ class LayerNorm2d(nn.LayerNorm):
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels height width"]:
         """Normalize every pixel of ``(N, C, H, W)``; shape and dtype stay."""
         expect_channels(x, self.normalized_shape[0], "LayerNorm2d", dims=(4,))
-        pixels = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        pixels = layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return pixels.permute(0, 3, 1, 2)
 
 
