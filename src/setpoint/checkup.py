@@ -22,6 +22,7 @@ from setpoint.placing import as_batches, device_named, dtype_named, follow
 from setpoint.probe import registry
 from setpoint.probe.base import Subject
 from setpoint.probe.recorder import record
+from setpoint.probe.remedies import fitting
 from setpoint.report import ModelInfo, Report
 from setpoint.running import tensors_of, untouched
 from setpoint.surgery import Anatomy
@@ -133,6 +134,7 @@ def check(
         with untouched(loaded.model):
             findings = registry.deepen(subject, trace, findings, codes=_words(probes))
     findings = [registry.with_remedies(finding, trace.structure) for finding in findings]
+    findings = [replace(finding, remedies=fitting(finding.remedies, anatomy)) for finding in findings]
     findings = [finding for finding in findings if not ignored & {finding.id, finding.code}]
     return Report(
         model=_info(loaded),

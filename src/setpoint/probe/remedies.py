@@ -8,13 +8,17 @@ model is made of: a convolutional network is not told about attention.
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib import import_module
 from importlib.resources import files
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from setpoint.types import Item, Method, Remedy
+
+if TYPE_CHECKING:
+    from setpoint.surgery import Anatomy
 
 When = Literal["now", "training"]
 
@@ -114,6 +118,30 @@ def remedies(
         if treated(paper.treats) and paper.key not in carried and paper.accepts(structure)
     ]
     return tuple(sorted(found, key=lambda r: (r.when == "training", not r.available)))
+
+
+def fitting(found: Iterable[Remedy], anatomy: Anatomy) -> tuple[Remedy, ...]:
+    """The remedies that a model can take, by the word of each fix itself.
+
+    Args:
+        found: From `remedies`, which has looked at what kind of model it is.
+        anatomy: Of the model.
+
+    Returns:
+        Those that are no fix of setpoint's, and the fixes whose ``applies`` accepts the model.
+    """
+    return tuple(remedy for remedy in found if not remedy.available or _accepts(remedy.key, anatomy))
+
+
+def _accepts(key: str, anatomy: Anatomy) -> bool:
+    from setpoint.catalog import items
+
+    known = items()
+    if key not in known or known[key][1].kind != "fix":
+        return True
+    module, _, name = known[key][1].path.partition(":")
+    fix: Any = getattr(import_module(module), name)()
+    return fix.applies(anatomy) is None
 
 
 def _when(item: Item) -> When:
