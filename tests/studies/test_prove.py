@@ -132,7 +132,7 @@ def test_a_worker_that_dies_fails_its_run_and_no_other(own_study: Path, db: Path
     assert proof.verdict == "undecided"
     assert any("exit code 9" in note for note in proof.studies[0].notes)
     assert [arm.failed for arm in proof.studies[0].arms] == [0, 1]
-    assert prove(str(own_study), jobs=2, store=db).verdict == "holds"
+    assert prove(str(own_study), jobs=1, store=db).verdict == "holds"
 
 
 def test_smoke_runs_untuned_and_asserts_nothing(own_study: Path, db: Path, logged: Logged) -> None:
@@ -297,3 +297,46 @@ def run(*args: str) -> int:
 def test_the_front_door_has_the_verb() -> None:
     assert setpoint.prove is prove
     assert setpoint.Proof is Proof
+
+
+def test_all_goes_on_after_one_that_can_not_be_run(
+    own_study: Path, db: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    empty = own_study.with_name("empty.py")
+    empty.touch()
+    monkeypatch.setattr("setpoint.studies.registry.study_keys", lambda: (str(empty), str(own_study)))
+    assert run("prove", "--all", "--budget", "smoke", "--jobs", "1", "--store", str(db)) == 2
+    shown = capsys.readouterr()
+    assert "Is the better arm better?" in shown.out
+    assert "1 of the proofs could not be run" in shown.err
+    assert "empty.py declares no study" in shown.err
+
+
+DIVERGING = """
+from setpoint.studies import *
+from setpoint.train import History, NonFiniteLoss
+
+SIZE = Budget(2, 1)
+
+@study(
+    "What counts as diverged?",
+    arms=(Arm("own", "says so"), Arm("loop", "as the training loop says it"), Arm("metric", "gives what is no number")),
+    claims=(Claim("it does", Better(0.5), "diverged", "own"),),
+    budgets={"smoke": SIZE, "laptop": SIZE, "full": SIZE},
+)
+def diverging(arm, setting, seed, budget, ctx):
+    if arm.name == "own":
+        raise Diverged("loss 9e99 at step 3")
+    if arm.name == "loop":
+        raise NonFiniteLoss("nan", step=3, history=None, report=None, batches=())
+    return Outcome({"loss": float("nan")})
+"""
+
+
+def test_a_run_diverges_by_its_own_word_that_of_the_loop_or_its_metrics(
+    make_study: Callable[..., Path], db: Path
+) -> None:
+    proof = prove(str(make_study("diverging", source=DIVERGING)), jobs=1, store=db)
+    assert [(arm.runs, arm.diverged, arm.failed) for arm in proof.studies[0].arms] == [(2, 2, 0)] * 3
+    assert any("loss 9e99 at step 3" in note for note in proof.studies[0].notes)
+    assert proof.judgements[0].pairs[0].method == 1.0

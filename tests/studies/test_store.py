@@ -17,7 +17,7 @@ import pytest
 from setpoint.errors import InputError
 from setpoint.proving import prove
 from setpoint.studies.engine import store as store_module
-from setpoint.studies.engine.store import RunKey, Store
+from setpoint.studies.engine.store import LEASE, RunKey, Store
 from setpoint.types import Outcome
 
 KEY = RunKey("m", "s", "judge", "laptop", "plain", {"lr": 0.1}, 0, "f")
@@ -51,21 +51,28 @@ def test_a_claim_of_a_process_that_is_gone_is_taken_over_at_once(store: Store) -
     assert store.claim(KEY, {}) == "mine"
 
 
-def test_a_lease_that_ran_out_is_taken_over(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "LEASE", 0.05)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The store's time, in its only entry."""
+    now = [1000.0]
+    monkeypatch.setattr(store_module, "_now", lambda: now[0])
+    return now
+
+
+def test_a_lease_that_ran_out_is_taken_over(store: Store, clock: list[float]) -> None:
     assert store.claim(KEY, {}) == "mine"
     other = Store(store.path)
+    clock[0] += LEASE - 1
     assert other.claim(KEY, {}) == "busy"
-    time.sleep(0.06)
+    clock[0] += 2
     assert other.claim(KEY, {}) == "mine"
 
 
-def test_a_renewed_lease_holds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "LEASE", 0.05)
+def test_a_renewed_lease_holds(store: Store, clock: list[float]) -> None:
     store.claim(KEY, {})
-    monkeypatch.setattr(store_module, "LEASE", 60)
+    clock[0] += LEASE - 1
     store.renew([KEY])
-    time.sleep(0.06)
+    clock[0] += LEASE - 1
     assert Store(store.path).claim(KEY, {}) == "busy"
 
 

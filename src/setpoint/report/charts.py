@@ -15,8 +15,8 @@ from typing import Any
 import altair as alt
 
 from setpoint.report.profiles import EMBEDDING
-from setpoint.report.wording import number
 from setpoint.types import Chart, Series
+from setpoint.words import number
 
 HEIGHT = 220
 ROW = 13

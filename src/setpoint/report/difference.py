@@ -22,8 +22,8 @@ from setpoint.report.codec import encode
 from setpoint.report.plain import as_text
 from setpoint.report.report import SCHEMA_VERSION, ModelInfo, Report
 from setpoint.report.terminal import STYLES
-from setpoint.report.wording import number, plural
 from setpoint.types import SEVERITIES, Finding, Record, Trace
+from setpoint.words import number, plural
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType

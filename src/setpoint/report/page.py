@@ -23,11 +23,15 @@ from setpoint.report.charts import Figure, draw
 from setpoint.report.codec import encode
 from setpoint.report.profiles import largest, profiles
 from setpoint.types import Finding, Record
+from setpoint.words import number
 
 if TYPE_CHECKING:
     from setpoint.report.report import Report
 
 _EMBEDDED = re.compile(r'<script type="application/json" id="report">(.*?)</script>', re.DOTALL)
+
+_APART = ("version", "command", "unread", "not_measured")
+"""Settings that have a place of their own in the page."""
 
 COLUMNS = {
     "rms": "rms",
@@ -52,7 +56,7 @@ def render(report: Report) -> str:
     for i, profile in enumerate(profiles(report.trace)):
         groups.setdefault(profile.group, []).append(draw(profile.chart, f"profile-{i}", profile.labels))
     drawn = [figure for _, figure in findings if figure] + [figure for group in groups.values() for figure in group]
-    settings = {key: value for key, value in report.settings.items() if key not in ("version", "command", "unread")}
+    settings = {key: value for key, value in report.settings.items() if key not in _APART}
     return (
         environment()
         .get_template("report.html.j2")
@@ -142,5 +146,6 @@ def environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["number"] = wording.number
+    environment.filters["number"] = number
+    environment.filters["mark"] = wording.mark
     return environment

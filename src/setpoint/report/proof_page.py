@@ -126,15 +126,11 @@ def _effect(judgement: Judgement, id_: str) -> Figure | None:
         .transform_filter("isValid(datum.mid)")
         .mark_point(filled=True, size=90, opacity=1)
         .encode(x="mid:Q", y=y, tooltip=[alt.Tooltip("mid:Q", title="estimate", format=".4~g")]),
-        alt.Chart()
-        .transform_filter("isValid(datum.v)")
-        .mark_tick(thickness=2)
-        .encode(
-            x="v:Q",
-            y=y,
-            tooltip=[alt.Tooltip("at:Q", title="replicate"), alt.Tooltip("v:Q", title="effect", format=".4~g")],
-        ),
     ]
+    if any("v" in row for row in rows):
+        marks = alt.Chart().transform_filter("isValid(datum.v)").mark_tick(thickness=2)
+        shown = [alt.Tooltip("at:Q", title="replicate"), alt.Tooltip("v:Q", title="effect", format=".4~g")]
+        layers.append(marks.encode(x="v:Q", y=y, tooltip=shown))
     if isinstance(claim.criterion, Shape):
         layers.pop(1)  # a parameter of a form has no "none"
     chart = alt.layer(*layers)

@@ -14,7 +14,17 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from setpoint.report.wording import by_time, counts, facts, name_of, nothing_found, where
+from setpoint.report.wording import (
+    by_time,
+    counts,
+    facts,
+    mark,
+    name_of,
+    not_measured,
+    nothing_found,
+    papers_only,
+    where,
+)
 from setpoint.types import Finding, Remedy, Severity
 
 if TYPE_CHECKING:
@@ -33,11 +43,14 @@ def report_lines(report: Report, options: ConsoleOptions) -> Iterator[Renderable
     for note in report.model.notes:
         yield Padding(Text(note, style="dim"), (0, 0, 0, 2))
     yield Text()
-    if not report.findings:
-        yield Text(nothing_found(report), style="green")
-        return
-    yield findings_table(report, wide=options.max_width >= WIDE)
-    yield Text(counts(report.findings).capitalize() + ".", style="bold")
+    if report.findings:
+        yield findings_table(report, wide=options.max_width >= WIDE)
+        yield Text(counts(report.findings).capitalize() + ".", style="bold")
+    else:
+        yield Text(nothing_found(report), style="green" if report.trace.records or report.trace.attention else "yellow")
+    for line in (not_measured(report), papers_only(report.findings)):
+        if line:
+            yield Text(line, style="dim")
 
 
 def findings_table(report: Report, *, wide: bool) -> Table:
@@ -69,5 +82,5 @@ def remedy_lines(finding: Finding) -> Text:
 
 
 def _keys(label: str, remedies: list[Remedy]) -> Text:
-    keys = Text(", ").join(Text(r.key, style="green" if r.available else "") for r in remedies)
+    keys = Text(", ").join(Text(mark(r), style="green" if r.available else "") for r in remedies)
     return Text.assemble((f"{label}: ", "dim"), keys)

@@ -2,57 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from setpoint.types import SEVERITIES, Finding, Remedy, Trace
+from setpoint.words import amount as amount  # the templates have one object for all words, so these are found here too
+from setpoint.words import number as number
+from setpoint.words import plural as plural
+from setpoint.words import range_words
 
 if TYPE_CHECKING:
     from setpoint.report.report import Report
 
+PAPER_ONLY = "*"
+"""Stands behind the key of a method that `setpoint show` can't show."""
+
 _ARXIV = re.compile(r"arXiv[:\s]*(\d{4}\.\d{4,5}|[a-z-]+/\d{7})", re.IGNORECASE)
-
-
-def number(value: float | int | None) -> str:
-    """A number with four significant digits, as a person writes it.
-
-    >>> number(0.000123456), number(21634.2), number(576), number(None), number(float("inf"))
-    ('1.235e-04', '21634', '576', '–', 'inf')
-    """
-    if value is None:
-        return "–"
-    if isinstance(value, int):
-        return str(value)
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0:
-        return "0"
-    if abs(value) >= 1e6 or abs(value) < 1e-3:
-        return f"{value:.3e}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def amount(value: float) -> str:
-    """A large count in three digits.
-
-    >>> amount(134515008), amount(2048), amount(7)
-    ('135M', '2.05k', '7')
-    """
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.0f}"
-
-
-def plural(count: int, word: str) -> str:
-    """A count with its noun.
-
-    >>> plural(1, "token"), plural(2048, "token")
-    ('1 token', '2,048 tokens')
-    """
-    return f"{count:,} {word}" + ("" if count == 1 else "s")
 
 
 def name_of(report: Report) -> str:
@@ -70,13 +36,23 @@ def facts(report: Report) -> list[str]:
         found.append(f"{amount(model.parameters)} parameters" + (f" in {model.dtype}" if model.dtype else ""))
     if trace.blocks:
         found.append(plural(trace.blocks, "block"))
-    found.append(f"{plural(trace.tokens, 'token')} in {plural(trace.sequences, 'sequence')}")
+    found.append(_inputs(trace))
     data = report.settings.get("data")
     if data:
         found.append(f"data: {data}")
     if trace.loss is not None:
-        found.append(f"loss {number(trace.loss)} nats")
+        found.append(f"loss {number(trace.loss)}" + (" nats" if trace.task == "language-model" else ""))
     return found
+
+
+def _inputs(trace: Trace) -> str:
+    """How much was run. Positions of feature maps are no tokens, and a network of single vectors has none."""
+    if trace.task in ("image-features", "image-classification"):
+        return plural(trace.sequences, "image")
+    spatial = "convolution" in trace.structure and "attention" not in trace.structure
+    if spatial or trace.tokens == trace.sequences:
+        return plural(trace.sequences, "example")
+    return f"{plural(trace.tokens, 'token')} in {plural(trace.sequences, 'sequence')}"
 
 
 def counts(findings: Sequence[Finding]) -> str:
@@ -94,8 +70,33 @@ def counts(findings: Sequence[Finding]) -> str:
 
 
 def nothing_found(report: Report) -> str:
-    """What to say when there are no findings."""
-    return f"Nothing found: {plural(len(report.trace.records), 'site')} measured, every signal within its threshold."
+    """What to say when there are no findings; `not_measured` says what was not looked at."""
+    sites = len(report.trace.records) + len(report.trace.attention)
+    if not sites:
+        return "Nothing was measured."
+    return f"Nothing found: {plural(sites, 'site')} measured, every signal within its threshold."
+
+
+def not_measured(report: Report) -> str:
+    """What the check could not say anything about, and what it lacked; "" when it looked at everything."""
+    lacking = report.settings.get("not_measured") or ()
+    return "Not measured: " + "; ".join(lacking) + "." if lacking else ""
+
+
+def papers_only(findings: Sequence[Finding]) -> str:
+    """What the mark behind a remedy means, "" when none has it."""
+    if all(remedy.available for finding in findings for remedy in finding.remedies):
+        return ""
+    return f"{PAPER_ONLY} known from its paper only: this version does not carry the method."
+
+
+def mark(remedy: Remedy) -> str:
+    """A remedy's key, marked where this version of setpoint does not carry the method.
+
+    >>> mark(Remedy("dyt", "", "training", "")), mark(Remedy("dyt", "", "training", "", available=True))
+    ('dyt*', 'dyt')
+    """
+    return remedy.key + ("" if remedy.available else PAPER_ONLY)
 
 
 def where(finding: Finding, trace: Trace) -> str:
@@ -108,26 +109,8 @@ def where(finding: Finding, trace: Trace) -> str:
     roles = {site.role for site in known}
     blocks = sorted({site.block for site in known if site.block is not None})
     if len(known) == len(finding.sites) and len(roles) == 1 and len(blocks) > 1:
-        return f"{roles.pop()} of {spans(blocks)}"
+        return f"{roles.pop()} of {range_words(blocks)}"
     return f"{finding.sites[0]} and {len(finding.sites) - 1} more"
-
-
-def spans(blocks: Sequence[int]) -> str:
-    """Block numbers as ranges.
-
-    >>> spans([1, 2, 3, 7, 9, 10]), spans([4])
-    ('blocks 1–3, 7, 9–10', 'block 4')
-    """
-    runs: list[list[int]] = []
-    for block in blocks:
-        if runs and block == runs[-1][-1] + 1:
-            runs[-1].append(block)
-        else:
-            runs.append([block])
-    shown = [f"{run[0]}" if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs]
-    if len(shown) > 4:
-        shown = [*shown[:3], f"… {shown[-1]}"]
-    return ("block " if len(blocks) == 1 else "blocks ") + ", ".join(shown)
 
 
 def by_time(finding: Finding) -> tuple[list[Remedy], list[Remedy]]:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,12 @@ class Conduct:
     def _tuning_task(self, arm: str, setting: Mapping[str, Any], seed: int) -> Task:
         return self._task("tune", arm, setting, seed)
 
+    @cached_property
+    def _fingerprints(self) -> Mapping[str, str]:
+        """By stage; worked out once, since a study may have to read its data for it."""
+        u = self.under
+        return {s: fingerprint(self.study, s, u.budget, u.code, u.threads, u.device) for s in ("tune", "judge")}
+
     def _task(self, stage: str, arm: str, setting: Mapping[str, Any], seed: int) -> Task:
         study, under = self.study, self.under
         key = RunKey(
@@ -163,7 +170,7 @@ class Conduct:
             arm=arm,
             setting=setting,
             seed=seed,
-            fingerprint=fingerprint(study, stage, under.budget, under.code, under.threads, under.device),
+            fingerprint=self._fingerprints[stage],
             data=under.corpus,
         )
         return Task(under.source, key, under.data, under.device, under.threads, under.store.scratch(key))

@@ -1,14 +1,17 @@
 """One run: seed, call the study's function, measure, and put into words what went wrong.
 
-A run that raises `Diverged` (any `FloatingPointError`), or whose metrics are not all finite, diverged: that is a
-result. Any other error is a fault of the code or the machine, and never counts for or against a claim.
+A run that raises `Diverged` (any `FloatingPointError`, and `setpoint.train.NonFiniteLoss`), or whose metrics are not
+all finite, diverged: that is a result. Any other error is a fault of the code or the machine, and never counts for or
+against a claim.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import random
 import shutil
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +27,8 @@ from setpoint.studies.registry import find_studies
 from setpoint.types.proving import Outcome
 
 Report = Callable[[int, int, str], None]
+EVERY = 0.1
+"""Seconds between two reports of progress."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +86,27 @@ def execute(task: Task, report: Report) -> Finished:
             device=task.device,
             data=task.data,
             folder=task.scratch,
-            progress=report,
+            progress=_seldom(report),
         )
         finished = run_once(study, study.arm(task.key.arm), task.key.setting, task.key.seed, budget, ctx, task.threads)
     except Exception as error:
         return Finished("failed", error=_words(error))
     shutil.rmtree(task.scratch, ignore_errors=True)
     return finished
+
+
+def _seldom(report: Report) -> Report:
+    """Progress at most every so often: a run may tell each of a million steps, and each telling crosses a pipe."""
+    last = -math.inf
+
+    def tell(done: int, total: int, text: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last >= EVERY or done == total:
+            last = now
+            report(done, total, text)
+
+    return tell
 
 
 def study_of(task: Task) -> Study:
@@ -120,7 +139,9 @@ def run_once(
         start = time.perf_counter()
         try:
             outcome = study(arm, setting, seed, budget, ctx)
-        except FloatingPointError as error:
+        except Exception as error:
+            if not _diverged(error):
+                raise
             cost = {"seconds": time.perf_counter() - start}
             return Finished("diverged", Outcome({}, cost=cost), str(error) or type(error).__name__)
         seconds = time.perf_counter() - start
@@ -129,6 +150,12 @@ def run_once(
     outcome = replace(outcome, cost=cost)
     lost = [name for name, value in outcome.metrics.items() if not abs(value) < float("inf")]
     return Finished("diverged" if lost else "done", outcome, f"not finite: {', '.join(lost)}" if lost else "")
+
+
+def _diverged(error: Exception) -> bool:
+    """Whether an error says that numbers stopped being finite, in the study's words or those of the training loop."""
+    loop = sys.modules.get("setpoint.train.failure")  # where it was never imported, it raised nothing
+    return isinstance(error, FloatingPointError) or (loop is not None and isinstance(error, loop.NonFiniteLoss))
 
 
 def _check(study: Study, outcome: Outcome) -> None:

@@ -158,7 +158,7 @@ class Store:
         Returns:
             ``"mine"`` if it is now this store's to run, ``"busy"`` if another one has it, ``"done"`` if it has ended.
         """
-        now = time.time()
+        now = _now()
         with self._writing() as db:
             found = db.execute("SELECT status, owner, lease FROM runs WHERE key = ?", (key.hash,)).fetchone()
             if found:
@@ -179,7 +179,7 @@ class Store:
         with self._writing() as db:
             db.executemany(
                 "UPDATE runs SET lease = ? WHERE key = ? AND owner = ? AND status = 'running'",
-                [(time.time() + LEASE, key.hash, self.owner) for key in keys],
+                [(_now() + LEASE, key.hash, self.owner) for key in keys],
             )
 
     def release(self, keys: Sequence[RunKey]) -> None:
@@ -201,7 +201,7 @@ class Store:
             db.execute(
                 "UPDATE runs SET status = ?, finished = ?, outcome = ?, error = ?, owner = ? WHERE key = ? "
                 "AND NOT (status IN ('done', 'diverged') AND ? = 'failed')",
-                (status, time.time(), text, error, self.owner, key.hash, status),
+                (status, _now(), text, error, self.owner, key.hash, status),
             )
 
     def get(self, key: RunKey) -> Row | None:
@@ -227,7 +227,7 @@ class Store:
             db.execute(
                 "INSERT OR REPLACE INTO proofs (method, budget, fingerprint, data, written, proof) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
-                (method, budget, fingerprint, data, time.time(), text),
+                (method, budget, fingerprint, data, _now(), text),
             )
 
     def proofs(self, method: str | None = None) -> list[str]:
@@ -260,6 +260,10 @@ def _row(values: Sequence[Any]) -> Row:
         error=error or "",
         seconds=(finished or started) - started,
     )
+
+
+def _now() -> float:
+    return time.time()
 
 
 def _json(value: Any) -> str:
