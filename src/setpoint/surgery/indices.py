@@ -50,7 +50,10 @@ def used_rows(graph: Graph, weight: Weight) -> Indices | None:
     numbers = _Numbers(graph, parameter, _along(parameter.tensor, (axis,))).of(weight.seen)
     if numbers is None:
         return None
-    rows: list[int] = numbers.movedim(weight.seen_axis, 0)[(slice(None), *(0,) * (numbers.dim() - 1))].tolist()
+    numbers = numbers.movedim(weight.seen_axis, 0)
+    while numbers.dim() > 1:
+        numbers = numbers[:, 0]
+    rows: list[int] = numbers.tolist()
     return None if rows == list(range(parameter.tensor.shape[axis])) else _indices(rows)
 
 
