@@ -154,7 +154,7 @@ def pretrained(arm: Arm, _: Mapping[str, Any], slice_: int, budget: Budget, ctx:
     losses = []
     chosen = arm.options.get("set")
     for done, ids in enumerate(windows(slice_, budget["windows"], budget["tokens"], ctx.data)):
-        _, massive = entries_of(ids, block)
+        massive = entries_of(ids, block)[1]
         entries = [entry for entry in massive if entry.channel in channels]
         if chosen == "control":
             entries = [replace(entry, channel=other) for entry in entries]
