@@ -301,6 +301,19 @@ def test_model_is_rebuilt_from_plain_data(parts: dict[str, Any]) -> None:
     assert repr(again) == repr(model)
 
 
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({}, "with config and any of block, norm"),
+        ({"config": {}, "blocks": None}, "got config, blocks"),
+        ({"config": {"width": 3}}, "TransformerConfig takes .*got width"),
+    ],
+)
+def test_data_of_no_model_is_refused(data: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Transformer.from_dict(data)
+
+
 def test_a_part_of_ones_own_is_refused_as_data() -> None:
     class Mine(nn.LayerNorm):
         pass

@@ -2,7 +2,7 @@
 
 from setpoint.models.checkpoints import from_folder, from_transformers
 from setpoint.models.initialize import DepthScaledNormal, LayerIndexNormal, Normal, XavierNormal
-from setpoint.models.position import Learned, Position, Rotary, Sinusoidal
+from setpoint.models.position import Learned, Llama3Rotary, Position, Rotary, Sinusoidal
 from setpoint.models.resnet import BasicBlock, Bottleneck, CifarStem, ImageNetStem, ResNet, ResNetConfig
 from setpoint.models.stack import MLP, Attention, SwiGLU
 from setpoint.models.transformer import Transformer, TransformerConfig
@@ -19,6 +19,7 @@ __all__ = [
     "ImageNetStem",
     "LayerIndexNormal",
     "Learned",
+    "Llama3Rotary",
     "MeanPooling",
     "Normal",
     "Position",

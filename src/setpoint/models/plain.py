@@ -7,7 +7,7 @@ setpoint or of `torch.nn`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib import import_module
@@ -18,6 +18,7 @@ from torch import nn
 from setpoint.errors import InputError
 
 T = TypeVar("T")
+M = TypeVar("M", bound=nn.Module)
 
 _ROOMS = (
     "setpoint.nn",
@@ -83,6 +84,24 @@ def from_plain(data: Any) -> Any:
     if issubclass(kind, nn.Module):
         return partial(kind, *args, **options) if args or options else kind
     return build(kind, options)
+
+
+def rebuild(model: Callable[..., M], config: type[Any], data: Mapping[str, Any], parts: Collection[str]) -> M:
+    """A model from its sizes and parts as data.
+
+    Args:
+        model: Its class, called with the configuration and the parts by name.
+        config: Class of its sizes.
+        data: ``{"config": sizes, part: data of the part, ...}``.
+        parts: Names of its parts.
+
+    Raises:
+        InputError: Sizes are missing, or a name is no part or no field.
+    """
+    if not isinstance(data.get("config"), Mapping) or set(data) - {"config", *parts}:
+        raise InputError(f"expected a model as data with config and any of {', '.join(parts)}, got {', '.join(data)}")
+    sizes = {name: from_plain(value) for name, value in data["config"].items()}
+    return model(build(config, sizes), **{name: from_plain(data[name]) for name in parts if name in data})
 
 
 def build(kind: type[T], options: Mapping[str, Any]) -> T:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from setpoint.errors import InputError
-from setpoint.models.plain import build, from_plain, to_plain
+from setpoint.models.plain import rebuild, to_plain
 
 NormFactory = Callable[[int], nn.Module]
 """``norm(channels) -> module`` for maps shaped ``(batch, channels, height, width)``."""
@@ -260,5 +260,4 @@ class ResNet(nn.Module):
         Raises:
             InputError: A name that is no part, or a field that there is not.
         """
-        parts = {name: from_plain(value) for name, value in data.items() if name != "config"}
-        return cls(build(ResNetConfig, {key: from_plain(value) for key, value in data["config"].items()}), **parts)
+        return rebuild(cls, ResNetConfig, data, ("block", "stem", "norm", "activation"))

@@ -93,7 +93,12 @@ class Parts:
 
     def to_dict(self) -> dict[str, Any]:
         """The parts by name, as `setpoint.models.plain` writes them."""
-        return {field.name: to_plain(getattr(self, field.name)) for field in fields(self)}
+        return {name: to_plain(getattr(self, name)) for name in self.names()}
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """Names of the parts."""
+        return tuple(field.name for field in fields(cls))
 
 
 # attention -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from setpoint.errors import InputError
 from setpoint.models import generation, presets
 from setpoint.models.initialize import Normal
-from setpoint.models.plain import build, from_plain
+from setpoint.models.plain import build, rebuild
 from setpoint.models.position import Position, Rotary
 from setpoint.models.stack import Attention, Initializer, Parts, Stack, StackConfig, SwiGLU
 from setpoint.nn.block import NormFactory, Placement, PreNorm
@@ -212,5 +212,4 @@ class Transformer(nn.Module):
         Raises:
             InputError: A name that is no part, or a field that there is not.
         """
-        parts = {name: from_plain(value) for name, value in data.items() if name != "config"}
-        return cls(build(TransformerConfig, data["config"]), **parts)
+        return rebuild(cls, TransformerConfig, data, Parts.names())

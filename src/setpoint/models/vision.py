@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.models.initialize import Normal
-from setpoint.models.plain import build, from_plain, to_plain
+from setpoint.models.plain import rebuild, to_plain
 from setpoint.models.position import Learned, Position
 from setpoint.models.stack import MLP, Attention, Initializer, Parts, Stack, StackConfig
 from setpoint.nn.block import NormFactory, Placement, PreNorm
@@ -187,5 +187,4 @@ class VisionTransformer(nn.Module):
         Raises:
             InputError: A name that is no part, or a field that there is not.
         """
-        parts = {name: from_plain(value) for name, value in data.items() if name != "config"}
-        return cls(build(VisionConfig, data["config"]), **parts)
+        return rebuild(cls, VisionConfig, data, ("pooling", *Parts.names()))

@@ -157,6 +157,9 @@ def test_reset_starts_the_gain_where_the_form_wants_it() -> None:
         nn.init.normal_(norm.weight)
         norm.reset_parameters()
         assert torch.equal(norm.weight, torch.full((8,), start))
+    squash = LayerNormScaling(DyT(8, alpha_init_value=0.3), 4, learnable=True)
+    squash.reset_parameters()
+    assert (squash.alpha.item(), squash.weight[0].item()) == (pytest.approx(0.3), 0.5)
 
 
 def test_a_norm_with_modes_follows_them() -> None:

@@ -93,7 +93,7 @@ class LayerNormScaling(nn.Module):
         self.norm.reset_parameters()  # type: ignore[operator]
         if self.learnable:
             with torch.no_grad():
-                for parameter in self.norm.parameters():
+                for parameter in _gain_and_bias(self.norm):
                     parameter.mul_(float(self.layer_index) ** -self.power)
 
     def extra_repr(self) -> str:
@@ -148,9 +148,8 @@ def _scaled(norm: nn.Module, scale: float) -> nn.Module:
         )
     scaled = deepcopy(norm)
     with torch.no_grad():
-        for parameter in (scaled.weight, getattr(scaled, "bias", None)):
-            if isinstance(parameter, Tensor):
-                parameter.mul_(scale)
+        for parameter in _gain_and_bias(scaled):
+            parameter.mul_(scale)
         if gain.is_meta:
             return scaled
         probe = torch.linspace(-2.0, 3.0, 2 * gain.numel(), device=gain.device, dtype=gain.dtype)
@@ -163,3 +162,7 @@ def _scaled(norm: nn.Module, scale: float) -> nn.Module:
             f"keep the LayerNormScaling module"
         )
     return scaled
+
+
+def _gain_and_bias(norm: nn.Module) -> list[Tensor]:
+    return [p for name in ("weight", "bias") if isinstance(p := getattr(norm, name, None), Tensor)]
