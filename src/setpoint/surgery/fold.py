@@ -86,9 +86,9 @@ def _into_reader(model: nn.Module, site: NormSite, use: Use) -> list[Edit]:
     if gain is not None:
         edits.append(Edit(use.parameter, (wide * gain).movedim(-1, use.input_axis).to(weight), f"gain of {site.name}"))
     if shift is not None and bool(shift.any()):
-        output_axis = 1 - use.input_axis if weight.dim() == 2 else 0
-        added = (weight.double() * _along(shift, weight, use.input_axis)).movedim(output_axis, 0).flatten(1).sum(1)
-        name = bias_name(use.parameter)
+        product = weight.double() * _along(shift, weight, use.input_axis)
+        added = product.movedim(use.output_axis, 0).flatten(1).sum(1)
+        name = use.bias or bias_name(use.parameter)
         parent, _, last = name.rpartition(".")
         old = getattr(model.get_submodule(parent), last, None)
         edits.append(Edit(name, (added + old.detach().double() if old is not None else added).to(weight),
@@ -114,7 +114,7 @@ def _along(vector: Tensor, like: Tensor, axis: int) -> Tensor:
 
 
 def bias_name(weight: str) -> str:
-    """Where the bias that goes with a weight stands.
+    """Where a bias would stand beside a weight that has none.
 
     >>> bias_name("h.0.fc.weight"), bias_name("attn.in_proj_weight")
     ('h.0.fc.bias', 'attn.in_proj_bias')
