@@ -430,8 +430,14 @@ def test_compiles_to_kernels_and_exports_to_the_same_logits() -> None:
 
 def test_runs_in_bfloat16_and_under_autocast() -> None:
     assert Transformer(CONFIG).bfloat16()(TOKENS).dtype == torch.bfloat16
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert Transformer(CONFIG, position=Learned())(TOKENS).dtype == torch.bfloat16
+    for position in (Rotary(), Learned()):
+        model = Transformer(CONFIG, position=position, attention=partial(Attention, kv_bias=True)).eval()
+        wanted = model(TOKENS)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found, cached = model(TOKENS), model(TOKENS, cache=model.cache())
+        assert found.dtype == torch.bfloat16
+        torch.testing.assert_close(found.float(), wanted, atol=5e-3, rtol=5e-2)
+        torch.testing.assert_close(cached, found)
 
 
 def test_deepcopy_keeps_the_tie() -> None:

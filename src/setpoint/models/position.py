@@ -126,7 +126,7 @@ def rotate(x: Float[Tensor, "*batch tokens head_dim"], rotation: Rotation) -> Fl
         x: Queries or keys.
         rotation: Cosines and sines for each token.
     """
-    cos, sin = rotation
+    cos, sin = (part.to(x.dtype) for part in rotation)  # under autocast x is narrower than the embedding was
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
