@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -182,6 +185,71 @@ def test_setpoints_loop_takes_the_watcher_as_a_callback() -> None:
     assert [loss for _, loss in steps] == pytest.approx([history.losses[step] for step in (0, 3, 6)])
     assert watcher.latest.trace.sequences == 2  # the evaluations between the steps are not in it
     assert hooks(model) == 0
+
+
+def test_gradients_are_whole_and_unclipped_in_setpoints_loop() -> None:
+    model, twin = encoder(), encoder()
+    watcher = watch(model, every=10)
+    settings = {"accumulate": 3, "clip": 1e-3, "accelerator": "cpu", "progress": False}
+    train(model, inputs(3), loss_of, steps=1, callbacks=[watcher], **settings)
+    torch.stack([loss_of(twin(batch)) for batch in inputs(3)]).mean().backward()
+    for name, parameter in twin.named_parameters():
+        found = watcher.latest.trace.parameters[name].gradient_norm
+        assert found == pytest.approx(parameter.grad.norm().item(), rel=1e-4), name
+    assert watcher.latest.trace.sequences == 6
+
+
+SCRIPT = """
+import json, os, runpy, sys
+from setpoint.surgery import Anatomy
+from setpoint.train import SGD, train
+from setpoint.watching import watch
+
+tests = runpy.run_path(sys.argv[1])
+world = int(os.environ.get("WORLD_SIZE", "1"))
+model, seen = tests["encoder"](), []
+
+def note(observation):
+    trace = observation.trace
+    seen.append([observation.step, observation.loss, trace.sequences, observation.scalars()])
+
+anatomy = Anatomy.trace(model, tests["inputs"](1)[0]) if sys.argv[2] == "fsdp" else None
+watcher = watch(model, every=2, on=note, anatomy=anatomy)
+train(model, tests["inputs"](8), tests["loss_of"], steps=4, optimizer=SGD(lr=0.05), clip=1e-3, accumulate=2 // world,
+      strategy=sys.argv[2] if world > 1 else "auto", devices=world, callbacks=[watcher],
+      accelerator="cpu", progress=False)
+if os.environ.get("RANK", "0") == "0":
+    print(json.dumps(seen))
+else:
+    assert not seen
+"""
+
+
+def test_a_sharded_model_needs_its_structure_from_before() -> None:
+    class FSDPLinear(nn.Linear):
+        """Named as a sharded module is."""
+
+    with pytest.raises(InputError, match=r"anatomy=Anatomy\.trace"), watch(FSDPLinear(2, 2)).step():
+        pass
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_are_watched_as_one(tmp_path: Path, strategy: str) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    script = [str(tmp_path / "script.py"), __file__, strategy]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
+        command = [sys.executable, *launcher, *script]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    for one, two in zip(*found, strict=True):
+        assert one[:1] + one[2:3] == two[:1] + two[2:3]
+        assert one[3].keys() == two[3].keys()
+        for name, value in one[3].items():
+            assert two[3][name] == pytest.approx(value, rel=2e-3, abs=1e-5), name
 
 
 def test_an_error_in_a_step_leaves_no_hook() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -95,8 +96,8 @@ def test_callbacks_are_called_in_order(course: ModuleType) -> None:
 
     course.run(course.net(), 2, callbacks=[Listen()], evaluate=lambda model: {"one": 1}, evaluate_every=1)
     assert calls == [
-        *("on_start 0", "on_step_start 0", "on_step 1", "on_evaluate 1"),
-        *("on_step_start 1", "on_step 2", "on_evaluate 2", "on_end 2"),
+        *("on_start 0", "on_step_start 0", "on_backward 0", "on_step 1", "on_evaluate 1"),
+        *("on_step_start 1", "on_backward 1", "on_step 2", "on_evaluate 2", "on_end 2"),
     ]
 
 
@@ -209,18 +210,19 @@ class Exploding(nn.Module):
         return self.last(self.norm(self.first(x)))
 
 
-def test_a_non_finite_loss_stops_the_run_with_a_check(course: ModuleType) -> None:
+def test_a_non_finite_loss_stops_the_run_with_a_check(course: ModuleType, tmp_path: Path) -> None:
     model = Exploding()
     good = (torch.randn(8, 4), torch.zeros(8, dtype=torch.long))
     bad = (torch.full((8, 4), float("inf")), good[1])
     before: dict[str, torch.Tensor] = {}
+    quiet: dict[str, Any] = {"accelerator": "cpu", "progress": False}
 
     class Keep:
         def on_step(self, run: Run) -> None:
             before.update({name: value.clone() for name, value in run.model.state_dict().items()})
 
     with pytest.raises(NonFiniteLoss, match=r"stopped in step 3: the loss is nan \(learning rate") as caught:
-        train(model, [good, good, bad], label_loss, steps=9, callbacks=[Keep()], accelerator="cpu", progress=False)
+        train(model, [good, good, bad], label_loss, steps=9, callbacks=[Keep()], checkpoint=tmp_path, **quiet)
     error = caught.value
     assert error.step == 3
     assert error.history.steps == [1, 2]
@@ -228,6 +230,7 @@ def test_a_non_finite_loss_stops_the_run_with_a_check(course: ModuleType) -> Non
     assert "non-finite" in {finding.code for finding in error.report.findings}
     assert "non-finite" in str(error)
     assert error.batches[0] is not None
+    assert "non-finite" in (tmp_path / "non-finite-step-3.html").read_text()
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 

@@ -147,6 +147,7 @@ def test_other_settings_are_refused_and_named(course: ModuleType, tmp_path: Path
         ({"steps": 8}, "a run with steps 6, this one has 8"),
         ({"schedule": Cosine(warmup=3)}, "with schedule Cosine"),
         ({"seed": 4}, "with seed 0"),
+        ({"data": course.batches(5)}, "with data of 44 items in batches of 4"),
         ({"optimizer": SGD()}, "can't be gone on with|with optimizer AdamW"),
     ):
         with pytest.raises(InputError, match=message):

@@ -54,6 +54,8 @@ class Recorder:
         top_k: How many of the largest entries to keep per site.
         exact: Take medians from all values instead of a histogram. Memory then grows with the tokens.
         query_rows: Query rows per head and sequence that attention statistics use.
+        parameters: The watch on the parameters, if it was made before: while a sharded model runs, its modules hold
+            other tensors than the ones that stay.
 
     Raises:
         InputError: A site's module does not exist, or two sites have one name.
@@ -78,6 +80,7 @@ class Recorder:
         top_k: int = 8,
         exact: bool = False,
         query_rows: int = 32,
+        parameters: ParameterWatch | None = None,
     ) -> None:
         self.model = unwrap(model)
         if self.model is not model and is_compiled(model):
@@ -96,7 +99,7 @@ class Recorder:
         self._attention: dict[str, AttentionStatistics] = {}
         asked = needs.values() if isinstance(needs, Mapping) else (needs,)
         self._follows_gradients = any(Stat.GRADIENT in stats for stats in asked)  # of parameters, wherever sites are
-        self._parameters = ParameterWatch(self.model, late=is_distributed(model))
+        self._parameters = parameters or ParameterWatch(self.model, late=is_distributed(model))
         self._taps: dict[str, list[Site]] = defaultdict(list)
         for site in self.sites:
             self._taps[site.tap.module].append(site)

@@ -83,6 +83,9 @@ class Callback(Protocol):
     def on_step_start(self, run: Run) -> None:
         """Before a step's first forward pass."""
 
+    def on_backward(self, run: Run) -> None:
+        """After the last backward pass of a step, before clipping and the update."""
+
     def on_step(self, run: Run) -> None:
         """After the optimizer's step; gradients are still there."""
 

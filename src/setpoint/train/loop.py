@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from setpoint.data.batches import run_inputs
+from setpoint.data.batches import Batches, run_inputs
 from setpoint.errors import InputError
 from setpoint.running import unwrap
 from setpoint.train.checkpoints import Checkpoint, Shelf
@@ -35,7 +35,6 @@ from setpoint.train.history import History, Run, items_in, tell
 from setpoint.train.progress import Progress, shown
 from setpoint.train.random import kept, put_seed
 from setpoint.train.recipes import AdamW, Constant, Cosine, Recipe, Schedule
-from setpoint.train.strategies import fabric_for
 
 Loss = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], Any]
@@ -72,7 +71,8 @@ def train(
 
     Args:
         model: The network; trained in place, and in its own modes again afterwards.
-        data: Batches, endless or not (an iterable that ends is started again). Each process takes its share.
+        data: Batches, endless or not (an iterable that ends is started again). Of several processes each takes every
+            n-th batch, so ``n`` processes make the steps of one that accumulates ``n`` batches.
         loss: ``loss(output, batch)``, a scalar that is a mean over the batch.
         steps: Updates to make.
         optimizer: A recipe (`AdamW`, `SGD`, or anything with ``build(model)``), or an optimizer over the model's
@@ -91,7 +91,7 @@ def train(
             from the model to a dict of numbers.
         evaluate_every: Steps between evaluations; there is always one after the last step.
         callbacks: Objects with any of the methods of `Callback`.
-        checkpoint: A folder, or a `Checkpoint`.
+        checkpoint: A folder, or a `Checkpoint`. The page on a loss that stopped being a number is kept there too.
         resume: Go on from the newest checkpoint in that folder; False removes what is there.
         progress: True for a bar on a terminal, False for nothing, or ``progress(done, total, text)``.
 
@@ -115,6 +115,8 @@ def train(
     _check(steps=steps, accumulate=accumulate, evaluate_every=evaluate_every)
     if clip is not None and clip <= 0:
         raise InputError(f"expected clip above 0 or None, got {clip}")
+    from setpoint.train.strategies import fabric_for  # Fabric takes seconds to import; recipes are wanted without it
+
     fabric = fabric_for(
         accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy, precision=precision
     )
@@ -148,6 +150,7 @@ def train(
                 "precision": precision,
                 "seed": seed,
                 "processes": fabric.world_size,
+                "data": _named(data),
             }
             loop.attach(Shelf(plan, fabric, settings), resume)
         loop.run(progress)
@@ -250,6 +253,7 @@ class _Loop:
         state.loss = float(total)
         if not math.isfinite(state.loss):
             self._fail(rate)
+        tell(self.callbacks, "on_backward", state)
         if self.clip is not None:
             norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
             state.gradient_norm = float(getattr(norm, "full_tensor", lambda: norm)())
@@ -287,7 +291,7 @@ class _Loop:
 
     def _fail(self, rate: float) -> NoReturn:
         state = self.state
-        raise failure(
+        error = failure(
             state.model,
             state.batches,
             loss=self.loss,
@@ -298,6 +302,16 @@ class _Loop:
             rate=rate,
             history=state.history,
         )
+        if self.shelf and error.report is not None and state.is_main:
+            error.report.to_html(self.shelf.folder / f"non-finite-step-{error.step}.html")
+        raise error
+
+
+def _named(data: Iterable[Any]) -> str:
+    """What can be told of the data without reading it; enough to notice another order or batch size."""
+    if isinstance(data, Batches):
+        return f"of {data.count:,} items in batches of {data.batch_size} by seed {data.seed}"
+    return type(data).__name__
 
 
 def _check(**counts: int | None) -> None:

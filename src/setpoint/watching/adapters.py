@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from setpoint.errors import InputError
 from setpoint.extras import require
 
 if TYPE_CHECKING:
     from setpoint.watching.watcher import Watcher
+
+
+def _lightning() -> Any:
+    """Lightning under either of its names."""
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        try:
+            return import_module(name)
+        except ModuleNotFoundError:
+            continue
+    raise InputError("Lightning is not installed; install it with: pip install lightning")
 
 
 def trainer_callback(watcher: Watcher) -> Any:
@@ -31,10 +43,7 @@ def trainer_callback(watcher: Watcher) -> Any:
 
 def lightning_callback(watcher: Watcher) -> Any:
     """For Lightning's ``Trainer``: a step is an update, however many batches it accumulates."""
-    try:
-        pytorch = require("lightning.pytorch", "lightning", "")
-    except ValueError:
-        pytorch = require("pytorch_lightning", "lightning", "to watch Lightning's Trainer")
+    pytorch = _lightning()
 
     class WatchCallback(pytorch.Callback):  # type: ignore[misc, name-defined]
         """Hands the steps of a ``Trainer`` to a watcher."""
@@ -46,6 +55,9 @@ def lightning_callback(watcher: Watcher) -> Any:
             if trainer.global_step != self._step:  # the first batch of an update
                 self._step = trainer.global_step
                 watcher.begin(self._step)
+
+        def on_before_optimizer_step(self, *_: Any) -> None:
+            watcher.backward()
 
         def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, *_: Any) -> None:  # noqa: ARG002
             if watcher.recording and trainer.global_step != self._step:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.probe import Recorder, registry
+from setpoint.probe.recorder import with_gradients
+from setpoint.probe.recorder_gradient import ParameterWatch, squared_norm
 from setpoint.running import plain_execution, unwrap
 from setpoint.surgery import Anatomy
-from setpoint.types import Finding, SiteRole, Stat
+from setpoint.types import Finding, ParameterRecord
 from setpoint.watching.observation import Observation
 from setpoint.watching.sinks import Sink, sinks_for
 
@@ -48,6 +51,7 @@ def watch(
     on: str | Path | Sink | Iterable[str | Path | Sink] | None = None,
     probes: Collection[str] = (),
     ignore: Collection[str] = (),
+    anatomy: Anatomy | None = None,
 ) -> Watcher:
     """Record the signals of a model at every N-th step of its training, and raise alarms.
 
@@ -61,6 +65,8 @@ def watch(
         on: A ``.jsonl`` file, a folder for TensorBoard, a callable that is given each `Observation`, or several.
         probes: Codes of the findings to look for; empty for all.
         ignore: Ids or codes of findings to leave out.
+        anatomy: The structure, if it was read before: ``Anatomy.trace(model, batch)``. A model that ``fsdp`` shards
+            before its first step needs it.
 
     Returns:
         The watcher; see `setpoint.watching` for the ways to use it.
@@ -84,7 +90,7 @@ def watch(
     """
     if every < 1:
         raise InputError(f"expected every of at least 1 step, got {every}")
-    return Watcher(model, every=every, sinks=sinks_for(on), probes=probes, ignore=ignore)
+    return Watcher(model, every=every, sinks=sinks_for(on), probes=probes, ignore=ignore, anatomy=anatomy)
 
 
 class Watcher:
@@ -96,6 +102,7 @@ class Watcher:
         sinks: Called with each observation, in the main process.
         probes: Codes of the findings to look for; empty for all.
         ignore: Ids or codes of findings to leave out.
+        anatomy: The structure, None to read it at the first recorded step.
     """
 
     def __init__(
@@ -106,6 +113,7 @@ class Watcher:
         sinks: Collection[Sink] = (),
         probes: Collection[str] = (),
         ignore: Collection[str] = (),
+        anatomy: Anatomy | None = None,
     ) -> None:
         self.model = unwrap(model)
         self.every = every
@@ -113,11 +121,13 @@ class Watcher:
         self.latest: Observation | None = None
         self._sinks = tuple(sinks)
         self._probes = registry.probes_for(probes)
-        self._needs = registry.needs(self._probes)
+        self._needs = with_gradients(registry.needs(self._probes))
         self._ignore = frozenset(ignore)
-        self._anatomy: Anatomy | None = None
+        self._anatomy = anatomy
         self._stack: ExitStack | None = None
         self._recorder: Recorder | None = None
+        self._squares: dict[str, float] = {}
+        self._parameters: ParameterWatch | None = None
         self._recorded = -1
         self._steps = 0
 
@@ -141,6 +151,10 @@ class Watcher:
     def on_step_start(self, run: Run) -> None:
         """Called by `setpoint.train.train`."""
         self.begin(run.step)
+
+    def on_backward(self, run: Run) -> None:  # noqa: ARG002
+        """Called by `setpoint.train.train`."""
+        self.backward()
 
     def on_step(self, run: Run) -> None:
         """Called by `setpoint.train.train`."""
@@ -174,13 +188,27 @@ class Watcher:
         if self._stack is not None or step % self.every:
             return
         self._recorded = step
+        self._squares = {}
         with ExitStack() as stack:
+            self._parameters = ParameterWatch(self.model)
             if self._anatomy is None:
+                _refuse_sharded(self.model)
                 stack.enter_context(plain_execution())  # compiled code would pass the hook by
                 self._catch_inputs(stack)
             else:
                 self._recorder = stack.enter_context(self._new_recorder(self._anatomy))
             self._stack = stack.pop_all()
+
+    def backward(self) -> None:
+        """Measure the gradients of the parameters as they are now.
+
+        A loop that clips, accumulates, or averages over processes calls it when the gradient of a step is complete
+        and before it is clipped (setpoint's and Lightning's loops do); otherwise each gradient is measured as it
+        arrives.
+        """
+        if self._stack is not None:
+            named = self.model.named_parameters()
+            self._squares = {name: squared_norm(p.grad) for name, p in named if p.grad is not None}
 
     def finish(self, loss: Tensor | float | None = None) -> Observation | None:
         """Close a step; the observation if it was recorded, else None."""
@@ -198,6 +226,7 @@ class Watcher:
             loss=float(loss.detach()) if isinstance(loss, Tensor) else loss,
             structure=self._anatomy.structure,
         )
+        trace = replace(trace, parameters={n: self._measured(p) for n, p in trace.parameters.items()})
         findings = registry.run(self._probes, trace)
         kept = [finding for finding in findings if not self._ignore & {finding.id, finding.code}]
         treated = tuple(registry.with_remedies(finding, trace.structure) for finding in kept)
@@ -212,6 +241,14 @@ class Watcher:
         """Leave a step without recording it; every hook is removed."""
         self._close()
 
+    def _measured(self, parameter: ParameterRecord) -> ParameterRecord:
+        """A parameter's record, with the gradient that `backward` saw if it was called."""
+        square = self._squares.get(parameter.name)
+        if square is None:
+            return parameter
+        norm = math.sqrt(square)
+        return replace(parameter, gradient_norm=norm, gradient_rms=norm / math.sqrt(max(parameter.size, 1)))
+
     def _close(self) -> Recorder | None:
         stack, recorder = self._stack, self._recorder
         self._stack = self._recorder = None
@@ -220,12 +257,7 @@ class Watcher:
         return recorder
 
     def _new_recorder(self, anatomy: Anatomy) -> Recorder:
-        sites = anatomy.sites()
-        # Gradients are followed along the stream; without one, where they enter, so that parameters are measured too.
-        roles = {site.role for site in sites}
-        stream: tuple[SiteRole, ...] = ("embedding", "residual") if "residual" in roles else ("logits",)
-        followed = {role: self._needs.get(role, frozenset()) | {Stat.GRADIENT} for role in stream}
-        return Recorder(self.model, sites, needs={**self._needs, **followed})
+        return Recorder(self.model, anatomy.sites(), needs=self._needs, parameters=self._parameters)
 
     def _catch_inputs(self, stack: ExitStack) -> None:
         """Read the structure from the first call of the model, and record that very call."""
@@ -250,6 +282,16 @@ class Watcher:
             if finding.severity != "info" and known.get(finding.id) != finding.severity:
                 self.alarms.append(Alarm(seen.step, finding))
                 _LOG.warning("step %d: %s %s: %s", seen.step, finding.severity, finding.id, finding.evidence)
+
+
+def _refuse_sharded(model: nn.Module) -> None:
+    if any(
+        "FSDP" in kind.__name__ or "FullySharded" in kind.__name__ for m in model.modules() for kind in type(m).__mro__
+    ):
+        raise InputError(
+            "The structure of a sharded model can't be read; read it before and pass it on: "
+            "watch(model, anatomy=Anatomy.trace(model, batch), …)."
+        )
 
 
 def stack_of(watcher: Watcher) -> ExitStack:
