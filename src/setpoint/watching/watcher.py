@@ -268,7 +268,8 @@ class Watcher:
             inputs = {name: value for name, value in kwargs.items() if name != "labels"}
             self._anatomy = Anatomy.trace(model, args, forward=lambda m, a: m(*a, **inputs))
             before = set(hooks)
-            self._recorder = stack_of(self).enter_context(self._new_recorder(self._anatomy))
+            assert self._stack is not None  # the hook is there between begin and finish only
+            self._recorder = self._stack.enter_context(self._new_recorder(self._anatomy))
             # This call collected its hooks before the recorder came; run the new ones for it.
             for key in [key for key in hooks if key not in before]:
                 hooks[key](model, args, kwargs)
@@ -292,9 +293,3 @@ def _refuse_sharded(model: nn.Module) -> None:
             "The structure of a sharded model can't be read; read it before and pass it on: "
             "watch(model, anatomy=Anatomy.trace(model, batch), …)."
         )
-
-
-def stack_of(watcher: Watcher) -> ExitStack:
-    """The open recording of a watcher."""
-    assert watcher._stack is not None
-    return watcher._stack
