@@ -11,7 +11,7 @@ import pytest
 from setpoint.probe import registry
 from setpoint.probe.activity import ActivationSparsity, DeadUnits
 from setpoint.probe.attention import AttentionCollapse, AttentionSaturation
-from setpoint.probe.base import Probe
+from setpoint.probe.base import Probe, looks_untrained
 from setpoint.probe.channels import OutlierChannels
 from setpoint.probe.gradients import GradientImbalance, depth_of
 from setpoint.probe.groups import NormMismatch, effective_rotation
@@ -84,6 +84,20 @@ def test_healthy_traces_are_met_with_silence(probe: Probe) -> None:
 @pytest.mark.parametrize("code", registry.codes())
 def test_each_ailment_raises_its_own_code(code: str) -> None:
     assert code in {f.code for f in registry.run(registry.PROBES, ailing_traces()[code])}
+
+
+@pytest.mark.parametrize("probe", registry.PROBES, ids=lambda p: p.code)
+def test_a_probe_that_has_nothing_to_read_says_what_it_lacks(probe: Probe) -> None:
+    assert probe.lacks(empty_trace())
+    assert probe.lacks(ailing_traces()[probe.code]) == ""
+
+
+def test_what_was_not_measured_is_named_with_what_it_takes() -> None:
+    probes = registry.probes_for({"attention-collapse", "gradient-imbalance", "dead-units"})
+    assert registry.not_measured(probes, convolutional_trace()) == [
+        "gradient-imbalance (give a loss)",
+        "attention-collapse (no attention was found in this model)",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -483,3 +497,93 @@ def test_gradients_that_are_no_numbers_name_the_place_where_they_begin_on_the_wa
     assert (finding.id, finding.sites) == ("non-finite@gradients", ("w",))
     assert "1 of 2 parameters" in finding.evidence
     assert "first appear at block.1" in finding.evidence
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Weights that nobody trained
+
+
+def weights(norms: list[float], size: int = 4096) -> dict[str, ParameterRecord]:
+    return {f"h.{i}.w": ParameterRecord(f"h.{i}.w", i, size, norm) for i, norm in enumerate(norms)}
+
+
+def test_weights_of_one_size_in_all_blocks_look_untrained() -> None:
+    assert looks_untrained(trace_of(parameters=weights([10.0, 10.1, 9.9])))
+    assert not looks_untrained(trace_of(parameters=weights([10.0, 11.0, 9.0])))
+    assert not looks_untrained(trace_of(parameters=weights([10.0, 0.0, 10.0])))
+    assert not looks_untrained(trace_of())
+
+
+def test_uniform_attention_of_an_untrained_network_is_no_fault() -> None:
+    trace = ailing_traces()["attention-collapse"]
+    norms = [8.0 + i for i in range(12)]
+    assert only(AttentionCollapse()(replace(trace, parameters=weights(norms)))).severity == "warning"
+    fresh = only(AttentionCollapse()(replace(trace, parameters=weights([8.0] * 12))))
+    assert fresh.severity == "info"
+    assert "before any training" in fresh.evidence
+
+
+def test_idle_blocks_of_an_untrained_network_are_no_fault() -> None:
+    trace = residuals(angle=[1.0] * 12)
+    assert only(IdleLayers()(trace)).severity == "warning"
+    assert only(IdleLayers()(replace(trace, parameters=weights([8.0] * 12)))).severity == "info"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def test_convolutions_are_drawn_in_order_of_execution() -> None:
+    records = [
+        Record(site(f"conv{i}", "convolution", i // 2), tokens=9000, channel_active=np.array([0.0, 1.0, 1.0, 1.0]))
+        for i in range(4)
+    ]
+    chart = only(DeadUnits()(trace_of(*records))).chart
+    assert chart is not None
+    assert (chart.x, chart.series[0].x) == ("convolution, in order of execution", (0.0, 1.0, 2.0, 3.0))
+
+
+def test_int8_steps_are_drawn_as_one_value_a_block() -> None:
+    norms = [
+        Record(site(f"norm{i}", "norm", i // 2), channel_max=np.array([1.0, 1.0, 1.0, 50.0 + i])) for i in range(6)
+    ]
+    finding = next(f for f in PrecisionRisk()(trace_of(*norms)) if f.id == "precision-risk@int8")
+    assert finding.chart is not None
+    (series,) = finding.chart.series
+    assert series.x == (0.0, 1.0, 2.0)
+    assert series.y[0] == pytest.approx(127 / 51)
+
+
+def test_the_massive_channel_is_drawn_beside_the_largest_other_one() -> None:
+    records = residuals(
+        median=[1.0] * 3,
+        peaks=[(Peak(5000.0, 0, 0, 2),)] * 3,
+        channel_max=[np.array([1.0, 7.0, 5000.0])] * 3,
+    )
+    chart = only(MassiveActivation()(records)).chart
+    assert chart is not None
+    assert {s.name: s.y[0] for s in chart.series} == {"channel 2": 5000.0, "largest other channel": 7.0, "median": 1.0}
+
+
+def test_tokens_and_shares_are_spoken_of_in_the_right_number() -> None:
+    peaks = [(Peak(9e4, 0, 0, 2), Peak(8e4, 0, 5, 2))]
+    finding = only(MassiveActivation()(residuals(median=[1.0], peaks=peaks)))
+    assert "at tokens 0 and 5 in" in finding.evidence
+    assert "1.4 times what float16 can hold" in finding.evidence
+    assert "at token 0 in" in only(MassiveActivation()(residuals(median=[1.0], peaks=[peaks[0][:1]]))).evidence
+
+
+def test_a_picture_of_one_cell_is_not_drawn() -> None:
+    record = Record(
+        site("block.0", block=0),
+        variance=1.0,
+        fourth_moment=500.0,
+        channel_max=np.array([2.0] * 9 + [400.0]),
+        channel_rms=np.ones(10) * 100,
+    )
+    assert only(OutlierChannels()(trace_of(record))).chart is None
+
+
+def test_threshold_and_value_of_dead_units_speak_of_the_same_share() -> None:
+    finding = only(DeadUnits()(hidden([0.0] + [0.5] * 9, tokens=100)))
+    assert (finding.severity, finding.threshold) == ("info", DeadUnits().share)

@@ -184,7 +184,7 @@ def test_a_notebook_gets_a_table_without_scripts(report: Report) -> None:
 def test_a_report_without_findings_or_sites_has_a_page(report: Report) -> None:
     empty = Report(ModelInfo("tiny"), (), Trace({}, {}, {}, blocks=0, task="other", sequences=0, tokens=0))
     outline = Outline(render(empty))
-    assert "Nothing found" in outline.text
+    assert "Nothing was measured" in outline.text
     assert not outline.all("table")
 
 
@@ -321,3 +321,12 @@ def test_a_point_under_the_pointer_shows_its_value_and_site(page: Path, visit: V
     for words in ("block", "magnitude", "median", "model.layers.29 residual"):
         assert words in tooltip
     assert "undefined" not in tooltip
+
+
+def test_a_heat_map_names_every_row_in_full_and_writes_numbers_out() -> None:
+    names = [f"model.layers.{i}.input_layernorm norm" for i in range(3)] + ["model.layers.9 residual"]
+    chart = Chart("heatmap", "t", "channel", "site", tuple(Series(n, (1.0, 2.0), (0.1, 20.0)) for n in names), log=True)
+    encoding = draw(chart, "f").spec["encoding"]
+    assert encoding["y"]["axis"]["labelOverlap"] is False
+    assert encoding["y"]["axis"]["labelLimit"] >= 250
+    assert "format" not in encoding["color"]["legend"], "SI letters: 100m would stand for 0.1"

@@ -7,6 +7,8 @@ import pytest
 from rich.console import Console
 
 from setpoint.report import Report
+from setpoint.report.wording import facts
+from setpoint.types import Task
 
 
 def printed(what: object, width: int, *, colour: bool = False) -> str:
@@ -49,12 +51,53 @@ def test_the_heading_names_model_size_and_data(report: Report) -> None:
 
 
 def test_many_sites_are_named_by_their_blocks(report: Report) -> None:
-    assert "residual of blocks 11–27" in printed(report, 200)
+    assert "residual of blocks 11-27" in printed(report, 200)
 
 
 def test_a_healthy_model_gets_a_friendly_line(report: Report) -> None:
     text = printed(replace(report, findings=()), 100)
-    assert "Nothing found: 121 sites measured" in text
+    assert "Nothing found: 151 sites measured, every signal within its threshold." in text
+
+
+def test_silence_about_what_was_not_measured_is_not_called_health(report: Report) -> None:
+    lacking = ["attention-collapse (no attention was found in this model)", "gradient-imbalance (give a loss)"]
+    text = printed(replace(report, findings=(), settings={"not_measured": lacking}), 200)
+    assert f"Not measured: {'; '.join(lacking)}." in text
+    nothing = replace(report.trace, records={}, attention={})
+    text = printed(replace(report, findings=(), trace=nothing, settings={"not_measured": lacking[:1]}), 200)
+    assert "every signal" not in text
+    assert "Nothing was measured." in text
+
+
+def test_methods_that_are_papers_only_are_marked_and_explained(report: Report) -> None:
+    text = printed(report, 200)
+    assert "massive-refined*" in text
+    assert "outliertune*" not in text
+    assert "* known from its paper only" in text
+    carried = tuple(replace(f, remedies=tuple(replace(r, available=True) for r in f.remedies)) for f in report.findings)
+    assert "*" not in printed(replace(report, findings=carried), 200)
+
+
+@pytest.mark.parametrize(("task", "unit"), [("language-model", "loss 2.5 nats"), ("other", "loss 2.5")])
+def test_only_a_language_models_loss_is_called_nats(report: Report, task: Task, unit: str) -> None:
+    trace = replace(report.trace, loss=2.5, task=task)
+    assert facts(replace(report, trace=trace))[-1] == unit
+
+
+@pytest.mark.parametrize(
+    ("task", "structure", "tokens", "words"),
+    [
+        ("language-model", {"attention"}, 2048, "2,048 tokens in 4 sequences"),
+        ("image-classification", {"convolution"}, 50176, "4 images"),
+        ("other", {"convolution"}, 50176, "4 examples"),
+        ("other", set(), 4, "4 examples"),
+    ],
+)
+def test_what_was_run_is_counted_in_words_that_fit(
+    report: Report, task: Task, structure: set[str], tokens: int, words: str
+) -> None:
+    trace = replace(report.trace, task=task, structure=frozenset(structure), tokens=tokens, sequences=4)
+    assert words in facts(replace(report, trace=trace))
 
 
 def test_names_that_look_like_markup_are_printed_as_they_are(report: Report) -> None:

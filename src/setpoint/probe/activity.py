@@ -11,13 +11,15 @@ zero is measured by the intervention in `setpoint.probe.interventions.sparsity`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from setpoint.probe.base import Needs, Probe, known, listed, percent, profile
+from setpoint.probe.base import Needs, Probe, known, profile
 from setpoint.types import Finding, Record, Severity, SiteRole, Stat, Trace
+from setpoint.words import listed, percent
 
 _ROLES: tuple[SiteRole, ...] = ("hidden", "convolution")
 
@@ -97,10 +99,8 @@ class DeadUnits(Probe):
             severity,
             value=shares[worst],
             unit="share of a layer",
-            threshold=self.share if severity == "warning" else 0.0,
-            source="setpoint: a quarter of a layer's width, seen on at least 1000 tokens"
-            if severity == "warning"
-            else "any unit that stayed silent",
+            threshold=self.share,
+            source="setpoint: a warning from a quarter of a layer's width on, seen on at least 1000 tokens",
             sites=sorted(shares, key=lambda name: -shares[name]),
             evidence=f"{total:,} of {width:,} {words} ({percent(total / width)}) were never active on "
             f"{record.tokens:,} {'tokens' if role == 'hidden' else 'positions'}; worst is {worst} with {len(units)} of "
@@ -117,7 +117,8 @@ class DeadUnits(Probe):
             chart=profile(
                 f"Share of {words} that are never active",
                 "share",
-                {"dead": [(_place(i, r), shares.get(r.site.name, 0.0)) for i, r in enumerate(records)]},
+                {"dead": [(x, shares.get(r.site.name, 0.0)) for x, r in _places(records)]},
+                x=_axis(records),
                 threshold=self.share,
             ),
         )
@@ -179,7 +180,8 @@ class ActivationSparsity(Probe):
                 chart=profile(
                     "Share of hidden activations that are exactly zero",
                     "share",
-                    {"zeros": [(_place(i, r), r.zeros) for i, r in enumerate(records)]},
+                    {"zeros": [(x, r.zeros) for x, r in _places(records)]},
+                    x=_axis(records),
                 ),
             )
         ]
@@ -197,5 +199,21 @@ def _width(record: Record) -> int:
     return 1
 
 
-def _place(index: int, record: Record) -> int:
-    return record.site.block if record.site.role == "hidden" and record.site.block is not None else index
+def _in_blocks(records: Sequence[Record]) -> bool:
+    """Whether the sites stand one to a block, so that blocks can be the axis."""
+    blocks = [r.site.block for r in records]
+    return None not in blocks and len(set(blocks)) == len(blocks)
+
+
+def _places(records: Sequence[Record]) -> list[tuple[int, Record]]:
+    """Where each site stands on the axis that `_axis` names."""
+    if _in_blocks(records):
+        return [(r.site.block or 0, r) for r in records]
+    return list(enumerate(records))
+
+
+def _axis(records: Sequence[Record]) -> str:
+    if _in_blocks(records):
+        return "block"
+    kind = "convolution" if records and records[0].site.role == "convolution" else "layer"
+    return f"{kind}, in order of execution"

@@ -16,8 +16,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from setpoint.probe.base import Needs, Probe, listed, number, percent, profile
+from setpoint.probe.base import Needs, Probe, looks_untrained, profile
 from setpoint.types import AttentionRecord, Chart, Finding, Severity, Stat, Trace
+from setpoint.words import listed, percent, rounded
 
 _NEEDS: Needs = {"attention": frozenset({Stat.ATTENTION})}
 
@@ -45,7 +46,8 @@ def _spread(trace: Trace, field: str, title: str, y: str, threshold: float | Non
 class AttentionCollapse(Probe):
     """Heads whose weights are spread evenly over all visible tokens.
 
-    ``warning`` when at least ``share`` of the model's heads are uniform, ``info`` when a whole layer is.
+    ``warning`` when at least ``share`` of the model's heads are uniform, ``info`` when a whole layer is, and always
+    where the weights look freshly initialized (`setpoint.probe.base.looks_untrained`).
 
     Args:
         entropy: Normalized entropy of a uniform head (setpoint: the most even of 414 trained heads, of SmolLM2-135M,
@@ -74,22 +76,25 @@ class AttentionCollapse(Probe):
         tally = _tally(uniform, self.share)
         if tally is None:
             return []
+        fresh = looks_untrained(trace)
+        start = " The blocks' weights are of one size to within chance, as before any training." if fresh else ""
         highest = max(float(np.max(r.entropy)) for r in trace.attention.values())
         return [
             self.finding(
                 "heads",
-                tally.severity,
+                "info" if fresh else tally.severity,
                 value=tally.count / tally.heads,
                 unit="share of heads",
-                threshold=self.share if tally.severity == "warning" else self.entropy,
+                threshold=self.share,
                 source="setpoint: the most even of 414 trained heads was measured at 0.97",
                 sites=tally.worst,
                 evidence=f"{tally.count} of {tally.heads} heads attend to all visible tokens alike (normalized entropy "
-                f"above {self.entropy:.2f}, up to {highest:.4f}); uniform throughout: {listed(tally.whole, 3)}.",
+                f"above {self.entropy:.2f}, up to {highest:.4f}); uniform throughout: {listed(tally.whole, 3)}.{start}",
                 numbers={
                     "heads": tally.heads,
                     "uniform": tally.count,
                     "highest_entropy": highest,
+                    "looks_untrained": "yes" if fresh else "no",
                     "layers": len(tally.whole),
                 },
                 chart=_spread(trace, "entropy", "Normalized entropy of the attention", "entropy", self.entropy),
@@ -159,7 +164,7 @@ class AttentionSaturation(Probe):
                 source="exact: above 0.999 a row's softmax Jacobian is at most 0.002, 1/250 of the largest possible",
                 sites=tally.worst,
                 evidence=f"{tally.count} of {tally.heads} heads give over 0.999 of the weight to one token in more "
-                f"than {percent(self.rows)} of their rows; the largest logit is {number(logit)}, first "
+                f"than {percent(self.rows)} of their rows; the largest logit is {rounded(logit)}, first "
                 f"in {tally.worst[0]}.",
                 numbers={
                     "heads": tally.heads,

@@ -13,10 +13,12 @@ and add it to `setpoint.probe.registry.PROBES`.
 
 from __future__ import annotations
 
+import re
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
+from math import isfinite, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from setpoint.types import Chart, Finding, Record, Series, Severity, Site, SiteRole, Stat, Trace
@@ -25,6 +27,23 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Needs = Mapping[SiteRole, frozenset[Stat]]
+
+_NUMBER = re.compile(r"\d+")
+
+FLOAT16_MAX = 65504.0
+"""The largest number that float16 holds."""
+
+
+_KINDS: Mapping[SiteRole, str] = {
+    "embedding": "residual stream",
+    "residual": "residual stream",
+    "branch": "residual stream",
+    "norm": "norm",
+    "hidden": "hidden layer",
+    "attention": "attention",
+    "convolution": "convolution",
+    "logits": "head",
+}
 
 
 class _Reporter:
@@ -74,6 +93,14 @@ class Probe(_Reporter, ABC):
     @abstractmethod
     def __call__(self, trace: Trace) -> list[Finding]:
         """Findings, worst first; empty when nothing is wrong or the trace lacks what the probe needs."""
+
+    def lacks(self, trace: Trace) -> str:
+        """Why a trace can't answer this probe's question, in a few words; "" when it can."""
+        found = {r.site.role for r in trace.records.values()} | {r.site.role for r in trace.attention.values()}
+        if not found.isdisjoint(self.needs):
+            return ""
+        kinds = " or ".join(dict.fromkeys(_KINDS[role] for role in self.needs))
+        return f"no {kinds} was found in this model"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,80 +160,31 @@ def place(site: Site) -> str:
     return site.module or site.name.replace(" ", ".")
 
 
+def looks_untrained(trace: Trace) -> bool:
+    """Whether the weights of all blocks are of one size to within chance, as freshly initialized ones are.
+
+    The norm of n independent values is known to a share of 1 / sqrt(2 n); over some blocks it spreads by six of these.
+    Training moves the blocks apart by per cents.
+    """
+    families: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for p in trace.parameters.values():
+        if p.block is not None and p.size >= 1000:
+            families[_NUMBER.sub("#", p.name), p.size].append(p.norm)
+    alike = [
+        (max(norms) - min(norms)) * sqrt(2 * size) <= 6 * min(norms)
+        for (_, size), norms in families.items()
+        if len(norms) > 1
+    ]
+    return bool(alike) and all(alike)
+
+
 def known(value: float | None) -> bool:
     """Whether a statistic was taken and is a finite number."""
     return value is not None and isfinite(value)
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Words and pictures
-
-
-def number(value: float) -> str:
-    """A figure for a person to read.
-
-    >>> [number(v) for v in (0.0, 0.00123, 0.4567, 3.0, 7.25, 48.3, 23902.3, 3.7e9)]
-    ['0', '0.0012', '0.46', '3', '7.2', '48', '23,902', '3.7e+09']
-    """
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if not isfinite(value) or size < 1e-3 or size >= 1e7:
-        return f"{value:.2g}"
-    if size < 1:
-        return f"{value:.2g}"
-    return f"{value:.1f}".removesuffix(".0") if size < 10 else f"{value:,.0f}"
-
-
-def percent(share: float) -> str:
-    """A share as a percentage, never rounded to 0 % or 100 % when it isn't.
-
-    >>> [percent(s) for s in (0.0, 0.0004, 0.123, 0.98, 0.9996, 1.0)]
-    ['0 %', '0.04 %', '12 %', '98 %', '99.96 %', '100 %']
-    """
-    value = 100 * share
-    if value in (0.0, 100.0) or 1 <= value <= 99:
-        return f"{value:.0f} %"
-    return f"{value:.2g} %" if value < 1 else f"{value:.4g} %"
-
-
-def listed(names: Sequence[Any], most: int = 4) -> str:
-    """Names in a sentence, cut after ``most``.
-
-    >>> listed([3, 4, 5]), listed(range(9))
-    ('3, 4 and 5', '0, 1, 2, 3 and 5 more')
-    """
-    words = [str(n) for n in names]
-    if len(words) > most + 1:
-        words = [*words[:most], f"{len(words) - most} more"]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1] if words else "none"
-
-
-def spans(blocks: Iterable[int]) -> list[tuple[int, int]]:
-    """Runs of consecutive integers as ``(first, last)``.
-
-    >>> spans([2, 11, 12, 13, 20])
-    [(2, 2), (11, 13), (20, 20)]
-    """
-    runs: list[tuple[int, int]] = []
-    for block in sorted(set(blocks)):
-        if runs and block == runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], block)
-        else:
-            runs.append((block, block))
-    return runs
-
-
-def range_words(blocks: Iterable[int]) -> str:
-    """Blocks in words.
-
-    >>> range_words([3]), range_words([1, 2, 3, 7])
-    ('block 3', 'blocks 1-3 and 7')
-    """
-    runs = spans(blocks)
-    parts = [str(a) if a == b else f"{a}-{b}" for a, b in runs]
-    many = len(runs) > 1 or bool(runs and runs[0][0] != runs[0][1])
-    return ("blocks " if many else "block ") + listed(parts)
+# Pictures
 
 
 def profile(

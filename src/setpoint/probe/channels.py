@@ -14,8 +14,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from setpoint.probe.base import Needs, Probe, heatmap, known, listed, number, range_words
+from setpoint.probe.base import Needs, Probe, heatmap, known
 from setpoint.types import Finding, Record, Severity, SiteRole, Stat, Trace
+from setpoint.words import listed, range_words, rounded
 
 MOST_IN_CHART = 40
 _ROLES: tuple[SiteRole, ...] = ("residual", "norm")
@@ -121,7 +122,7 @@ class OutlierChannels(Probe):
         blocks = sorted({hit.record.site.block for hit in shown if hit.record.site.block is not None})
         where = range_words(blocks) if blocks else worst.record.site.name
         note = "" if lasting else " A few tokens make the whole tail (see massive-activation)."
-        average = f", {number(mean)} on average over {len(judged)} places" if lasting else ""
+        average = f", {rounded(mean)} on average over {len(judged)} places" if lasting else ""
         return self.finding(
             role,
             severity,
@@ -130,10 +131,10 @@ class OutlierChannels(Probe):
             threshold=self.ruinous if severity == "warning" else self.heavy,
             source="Park et al., 2025 · arXiv 2506.19697, Table 2",
             sites=[hit.record.site.name for hit in sorted(shown, key=lambda hit: -hit.kurtosis)],
-            evidence=f"Excess kurtosis of the {_WORDS[role]} is up to {number(worst.kurtosis)} "
+            evidence=f"Excess kurtosis of the {_WORDS[role]} is up to {rounded(worst.kurtosis)} "
             f"({worst.record.site.name}){average}; {len(often)} "
             f"channel{'s exceed' if len(often) > 1 else ' exceeds'} the median channel's maximum more than "
-            f"{number(self.channel)}-fold in {where}: {listed(top, 3)}, up to {number(reach[top[0]])}x.{note}",
+            f"{rounded(self.channel)}-fold in {where}: {listed(top, 3)}, up to {rounded(reach[top[0]])}x.{note}",
             numbers={
                 "kurtosis": worst.kurtosis,
                 "mean_kurtosis": mean,
@@ -142,7 +143,9 @@ class OutlierChannels(Probe):
                 "worst_ratio": reach[top[0]],
                 "from_few_tokens": "no" if lasting else "yes",
             },
-            chart=heatmap(
+            chart=None
+            if len(shown) * len(top) < 4  # the sentence says as much
+            else heatmap(
                 f"Largest magnitude per channel, {_WORDS[role]}",
                 "site",
                 {

@@ -17,8 +17,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from setpoint.probe.base import Needs, Probe, known, listed, number, profile, range_words
+from setpoint.probe.base import Needs, Probe, known, profile
 from setpoint.types import Chart, Finding, ParameterRecord, SiteRole, Stat, Trace
+from setpoint.words import listed, range_words, rounded
 
 _LAYERS: tuple[SiteRole, ...] = ("hidden", "convolution")
 
@@ -93,6 +94,12 @@ class GradientImbalance(Probe):
         "only, without dropout."
     )
 
+    def lacks(self, trace: Trace) -> str:
+        """A loss, or depth."""
+        if all(p.gradient_norm is None for p in trace.parameters.values()):
+            return "give a loss"
+        return "" if len(depth_of(trace).gradients) >= self.fewest else f"fewer than {self.fewest} blocks or layers"
+
     def __call__(self, trace: Trace) -> list[Finding]:
         """At most one finding for the imbalance and one for blocks without gradient."""
         depth = depth_of(trace)
@@ -127,8 +134,8 @@ class GradientImbalance(Probe):
                     threshold=self.limit,
                     source="setpoint: normalized networks were measured at 1 to 4, 24 plain ReLU layers at 250,000",
                     sites=[depth.names[worst]],
-                    evidence=f"The gradient {toward}: rms {number(early)} in the first {third} {depth.part}s, "
-                    f"{number(late)} in the last {third}, a factor of {number(ratio)}.",
+                    evidence=f"The gradient {toward}: rms {rounded(early)} in the first {third} {depth.part}s, "
+                    f"{rounded(late)} in the last {third}, a factor of {rounded(ratio)}.",
                     numbers={"early": early, "late": late, "ratio": ratio, "loss": trace.loss or "unknown"},
                     chart=chart,
                 )

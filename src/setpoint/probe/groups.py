@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from math import atan2, cos, degrees, radians, sin
 from typing import ClassVar
 
-from setpoint.probe.base import Needs, Probe, known, number, profile, stream
+from setpoint.probe.base import Needs, Probe, known, profile, stream
 from setpoint.types import Finding, GroupRecord, Record, Stat, Trace
+from setpoint.words import rounded
 
 
 def effective_rotation(norm: float, update: float, angle: float) -> float:
@@ -69,6 +70,11 @@ class NormMismatch(Probe):
         "A norm behind the projector, with a gain set to the mean length of the text embeddings, removes it."
     )
 
+    def lacks(self, trace: Trace) -> str:
+        """A stream, or groups in it."""
+        named = any(r.groups for r in stream(trace, embedding=True))
+        return super().lacks(trace) or ("" if named else "name token groups: groups={name: mask}")
+
     def __call__(self, trace: Trace) -> list[Finding]:
         """At most one finding, judged where the groups first stand side by side."""
         records = [r for r in stream(trace, embedding=True) if len(_lengths(r)) > 1]
@@ -88,7 +94,7 @@ class NormMismatch(Probe):
         slow = [(r, a / b) for r, a, b in turns if a is not None and b is not None and known(a) and known(b) and b > 0]
         turn = ""
         if slow:
-            turn = f"; in block {slow[0][0].site.block} they turn {number(slow[0][1])} times less"
+            turn = f"; in block {slow[0][0].site.block} they turn {rounded(slow[0][1])} times less"
         severe = ratio > self.limit
         return [
             self.finding(
@@ -101,9 +107,9 @@ class NormMismatch(Probe):
                 if severe
                 else "setpoint: groups of one vocabulary were measured below 2",
                 sites=[r.site.name for r in records],
-                evidence=f"Vectors of the group {longest!r} are {number(ratio)} times as long as those of "
-                f"{shortest!r} at {first.site.name} ({number(lengths[longest])} against "
-                f"{number(lengths[shortest])}){turn}.",
+                evidence=f"Vectors of the group {longest!r} are {rounded(ratio)} times as long as those of "
+                f"{shortest!r} at {first.site.name} ({rounded(lengths[longest])} against "
+                f"{rounded(lengths[shortest])}){turn}.",
                 numbers={
                     "ratio": ratio,
                     "longest": longest,

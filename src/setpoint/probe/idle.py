@@ -12,15 +12,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from setpoint.probe.base import Needs, Probe, known, number, percent, profile, range_words, stream
+from setpoint.probe.base import Needs, Probe, known, looks_untrained, profile, stream
 from setpoint.types import Finding, Severity, Stat, Trace
+from setpoint.words import percent, range_words, rounded
 
 
 @dataclass(frozen=True)
 class IdleLayers(Probe):
     """Blocks that turn the stream by less than ``angle`` degrees.
 
-    ``warning`` when they make up at least ``share`` of the depth, ``info`` below that.
+    ``warning`` when they make up at least ``share`` of the depth, ``info`` below that, and where the weights look
+    freshly initialized (`setpoint.probe.base.looks_untrained`).
 
     Args:
         angle: Degrees (setpoint: 3 degrees is an update of 5 % of the stream; the least active blocks of trained
@@ -48,7 +50,9 @@ class IdleLayers(Probe):
         if not idle:
             return []
         share = len(idle) / len(turned)
-        severity: Severity = "warning" if share >= self.share and len(idle) > 1 else "info"
+        fresh = looks_untrained(trace)
+        start = " The blocks' weights are of one size to within chance, as before any training." if fresh else ""
+        severity: Severity = "warning" if share >= self.share and len(idle) > 1 and not fresh else "info"
         blocks = [r.site.block for r, _ in idle if r.site.block is not None]
         least = idle[0]
         median = sorted(a for _, a in turned)[len(turned) // 2]
@@ -62,9 +66,15 @@ class IdleLayers(Probe):
                 source="setpoint: an update of 5 % of the stream; trained blocks were measured at 10 degrees and more",
                 sites=[r.site.name for r, _ in idle],
                 evidence=f"{len(idle)} of {len(turned)} blocks ({percent(share)}) turn the stream by under "
-                f"{number(self.angle)} degrees: {range_words(blocks)}; the least is block {least[0].site.block} at "
-                f"{number(least[1])} degrees, the median block turns it by {number(median)}.",
-                numbers={"blocks": len(idle), "share": share, "least": least[1], "median": median},
+                f"{rounded(self.angle)} degrees: {range_words(blocks)}; the least is block {least[0].site.block} at "
+                f"{rounded(least[1])} degrees, the median block turns it by {rounded(median)}.{start}",
+                numbers={
+                    "blocks": len(idle),
+                    "share": share,
+                    "least": least[1],
+                    "median": median,
+                    "looks_untrained": "yes" if fresh else "no",
+                },
                 chart=profile(
                     "Angle between a block's input and output",
                     "degrees",

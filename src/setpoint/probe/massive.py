@@ -13,10 +13,11 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import ClassVar
 
-from setpoint.probe.base import Needs, Probe, known, listed, number, peak, place, profile, range_words, spans, stream
-from setpoint.types import Chart, Finding, Peak, Record, Severity, Stat, Trace
+import numpy as np
 
-FLOAT16_MAX = 65504.0
+from setpoint.probe.base import FLOAT16_MAX, Needs, Probe, known, place, profile, stream
+from setpoint.types import Chart, Finding, Peak, Record, Severity, Stat, Trace
+from setpoint.words import listed, range_words, rounded, spans
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,9 @@ class MassiveActivation(Probe):
         severity: Severity = "warning" if at_risk else "info"
         blocks = range(run.first, run.last + 1)
         held = [r.site for r in records if r.site.block in blocks]
+        tokens = f"token{'s' if len(run.tokens) > 1 else ''} {listed(run.tokens)}"
         also = f" (also channel{'s' if len(run.channels) > 2 else ''} {listed(run.channels[1:])})"
-        risk = f" That is {number(abs(run.worst.value) / FLOAT16_MAX)} of float16's range." if at_risk else ""
+        risk = f" That is {rounded(abs(run.worst.value) / FLOAT16_MAX)} times what float16 can hold." if at_risk else ""
         return self.finding(
             place(held[0]),
             severity,
@@ -146,8 +148,8 @@ class MassiveActivation(Probe):
             source="Owen et al., 2025 · arXiv 2503.22329: |h| > 100 and > 1000 x the median",
             sites=[site.name for site in held],
             evidence=f"Channel {run.worst.channel}{also if len(run.channels) > 1 else ''} reaches "
-            f"{number(run.worst.value)} at token {listed(run.tokens[:5])} in {range_words(blocks)}: "
-            f"{number(run.ratio)} times the median {number(run.median)} (largest after block {run.block}).{risk}",
+            f"{rounded(run.worst.value)} at {tokens} in {range_words(blocks)}: "
+            f"{rounded(run.ratio)} times the median {rounded(run.median)} (largest after block {run.block}).{risk}",
             numbers={
                 "value": run.worst.value,
                 "median": run.median,
@@ -164,16 +166,15 @@ class MassiveActivation(Probe):
         )
 
     def _chart(self, run: Run, records: list[Record]) -> Chart:
+        channel = run.worst.channel
+        wide = [(r.site.block or 0, r.channel_max) for r in records if r.channel_max is not None]
+        held = [(block, largest) for block, largest in wide if channel < len(largest) > 1]
         return profile(
             "Largest and typical magnitude in the residual stream",
             "magnitude",
             {
-                "largest": [(r.site.block or 0, peak(r)) for r in records],
-                f"channel {run.worst.channel}": [
-                    (r.site.block or 0, float(r.channel_max[run.worst.channel]))
-                    for r in records
-                    if r.channel_max is not None and run.worst.channel < len(r.channel_max)
-                ],
+                f"channel {channel}": [(block, float(largest[channel])) for block, largest in held],
+                "largest other channel": [(block, float(np.delete(largest, channel).max())) for block, largest in held],
                 "median": [(r.site.block or 0, r.median) for r in records],
             },
             log=True,

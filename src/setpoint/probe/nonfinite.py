@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from math import isfinite
 from typing import ClassVar
 
-from setpoint.probe.base import Needs, Probe, listed, percent, place
+from setpoint.probe.base import Needs, Probe, place
 from setpoint.types import Finding, SiteRole, Stat, Trace
+from setpoint.words import listed, percent
 
 _EVERYWHERE: tuple[SiteRole, ...] = ("embedding", "residual", "norm", "hidden", "convolution", "logits")
 

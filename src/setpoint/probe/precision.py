@@ -11,15 +11,16 @@ the down projections, and behind convolutions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
-from setpoint.probe.base import Needs, Probe, known, number, peak, percent, profile
+from setpoint.probe.base import FLOAT16_MAX, Needs, Probe, known, peak, profile
 from setpoint.types import Finding, Record, Severity, SiteRole, Stat, Trace
+from setpoint.words import percent, rounded
 
-FLOAT16_MAX = 65504.0
 FLOAT8_E4M3_MAX = 448.0
 INT8_LEVELS = 127
 
@@ -71,7 +72,8 @@ class PrecisionRisk(Probe):
     )
     float8_explanation: ClassVar[str] = (
         "float8 e4m3 clips at 448. Cast without a scale, larger values are cut off; with one scale per tensor the "
-        "format covers a factor of 28,672 and is safe here unless said otherwise."
+        "format keeps its relative precision over a factor of 28,672 below the largest value, and only what is smaller "
+        "than that loses digits."
     )
 
     def __call__(self, trace: Trace) -> list[Finding]:
@@ -98,9 +100,9 @@ class PrecisionRisk(Probe):
                 threshold=self.near if severity == "info" else self.tight,
                 source="IEEE 754 binary16: largest finite value 65504",
                 sites=[r.site.name for r, _ in sorted(close, key=lambda pair: -pair[1])],
-                evidence=f"The largest value is {number(largest)} at {worst.site.name}: "
+                evidence=f"The largest value is {rounded(largest)} at {worst.site.name}: "
                 + (
-                    f"{number(1 / headroom)} times what float16{runs} can hold."
+                    f"{rounded(1 / headroom)} times what float16{runs} can hold."
                     if headroom < 1
                     else f"float16{runs} leaves a factor of {headroom:.1f}."
                 ),
@@ -145,21 +147,13 @@ class PrecisionRisk(Probe):
                 source="symmetric int8, one scale per tensor: step = max / 127",
                 sites=sorted(coarse, key=coarse.__getitem__),
                 evidence=f"At {len(coarse)} of {len(levels)} inputs of matrix products one int8 scale per tensor "
-                f"leaves the typical channel under {number(self.steps)} of 127 steps; fewest at {worst}: "
-                f"{number(coarse[worst])} (step {number(step)}){lost}.",
+                f"leaves the typical channel under {rounded(self.steps)} of 127 steps; fewest at {worst}: "
+                f"{rounded(coarse[worst])} (step {rounded(step)}){lost}.",
                 numbers={"levels": coarse[worst], "step": step, "largest": largest, "sites": len(coarse)},
                 chart=profile(
-                    "int8 steps left for the typical channel",
+                    "int8 steps left for the typical channel, fewest in each block",
                     "steps",
-                    {
-                        role: [
-                            (r.site.block, levels[r.site.name])
-                            for r in trace.records.values()
-                            if r.site.role == role and r.site.block is not None and r.site.name in levels
-                        ]
-                        for role in _READ
-                        if any(r.site.role == role and r.site.name in levels for r in trace.records.values())
-                    },
+                    _fewest_by_block([r for r in trace.records.values() if r.site.name in levels], levels),
                     log=True,
                     threshold=self.steps,
                 ),
@@ -183,12 +177,23 @@ class PrecisionRisk(Probe):
                 source="float8 e4m3: largest finite value 448",
                 sites=[r.site.name for r, _ in sorted(clipped, key=lambda pair: -pair[1])],
                 evidence=f"{len(clipped)} of {read} inputs of matrix products ({percent(len(clipped) / read)}) exceed "
-                f"448, float8's largest value, and need a scale; the largest is {number(largest)} at "
+                f"448, float8's largest value, and need a scale; the largest is {rounded(largest)} at "
                 f"{worst.site.name}.",
                 numbers={"largest": largest, "sites": len(clipped)},
                 explanation=self.float8_explanation,
             )
         ]
+
+
+def _fewest_by_block(records: Sequence[Record], levels: Mapping[str, float]) -> dict[str, list[tuple[int, float]]]:
+    """Role -> the fewest steps among its sites in each block."""
+    fewest: dict[str, dict[int, float]] = {}
+    for record in records:
+        block, steps = record.site.block, levels[record.site.name]
+        if block is not None:
+            row = fewest.setdefault(record.site.role, {})
+            row[block] = min(steps, row.get(block, steps))
+    return {role: sorted(row.items()) for role, row in fewest.items()}
 
 
 def typical_levels(record: Record) -> float | None:

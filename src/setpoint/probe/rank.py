@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from setpoint.probe.base import Needs, Probe, known, number, profile, range_words, stream
+from setpoint.probe.base import Needs, Probe, known, profile, stream
 from setpoint.types import Finding, Stat, Trace
+from setpoint.words import range_words, rounded
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class RankCollapse(Probe):
                 source="setpoint: trained models were measured below 0.75",
                 sites=[r.site.name for r, _ in sorted(alike, key=lambda pair: -pair[1])],
                 evidence=f"The mean cosine between the tokens of a sequence is {start[1]:.3f} {where} and "
-                f"{worst[1]:.5f} after block {worst[0].site.block}; it is above {number(self.cosine)} in "
+                f"{worst[1]:.5f} after block {worst[0].site.block}; it is above {rounded(self.cosine)} in "
                 f"{range_words(r.site.block for r, _ in alike if r.site.block is not None)}.",
                 numbers={"start": start[1], "largest": worst[1], "blocks": len(alike)},
                 chart=profile(

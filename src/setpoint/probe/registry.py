@@ -82,6 +82,16 @@ def run(probes: Iterable[Probe], trace: Trace) -> list[Finding]:
     return by_severity(finding for probe in probes for finding in probe(trace))
 
 
+def not_measured(probes: Iterable[Probe], trace: Trace) -> list[str]:
+    """The codes of probes whose silence means nothing, each with what the trace lacks.
+
+    >>> from setpoint.testing import healthy_trace
+    >>> not_measured(probes_for({"norm-mismatch", "rank-collapse"}), healthy_trace())
+    ['norm-mismatch (name token groups: groups={name: mask})']
+    """
+    return [f"{probe.code} ({why})" for probe in probes if (why := probe.lacks(trace))]
+
+
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:
     """Findings with the worst severity first, otherwise in the order given."""
     return sorted(findings, key=lambda finding: -SEVERITIES.index(finding.severity))

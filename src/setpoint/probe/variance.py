@@ -19,8 +19,9 @@ from typing import ClassVar
 
 import numpy as np
 
-from setpoint.probe.base import Needs, Probe, known, number, profile, stream
+from setpoint.probe.base import Needs, Probe, known, profile, stream
 from setpoint.types import Finding, Record, Severity, Stat, Trace
+from setpoint.words import rounded
 
 GAUSSIAN_MEDIAN = 0.674489750196082
 """Median of |z| for a standard normal z."""
@@ -116,6 +117,10 @@ class VarianceGrowth(Probe):
         "limit of the number format."
     )
 
+    def lacks(self, trace: Trace) -> str:
+        """A stream of some depth."""
+        return super().lacks(trace) or ("" if len(stream(trace)) >= 3 else "fewer than 3 blocks")
+
     def __call__(self, trace: Trace) -> list[Finding]:
         """At most one finding for the whole stream."""
         measured = [(r, v) for r in stream(trace) if (v := typical_variance(r)) is not None and v > 0]
@@ -140,10 +145,10 @@ class VarianceGrowth(Probe):
                 threshold=threshold,
                 source=source,
                 sites=dict.fromkeys((measured[steepest + 1][0].site.name, last.name)),
-                evidence=f"The typical variance grows {number(growth)}-fold from block {first.block} to block "
+                evidence=f"The typical variance grows {rounded(growth)}-fold from block {first.block} to block "
                 f"{last.block}, {fit.rate:.2f}x per block ({fit.form}: R² {fit.exponential_r2:.2f} for an exponential, "
-                f"{max(fit.linear_r2, 0.0):.2f} for a line); the steepest step is {number(steps[steepest])}x, at block "
-                f"{measured[steepest + 1][0].site.block}.",
+                f"{max(fit.linear_r2, 0.0):.2f} for a line); the steepest step is {rounded(steps[steepest])}x, at "
+                f"block {measured[steepest + 1][0].site.block}.",
                 numbers={
                     "growth": growth,
                     "per_block": fit.rate,
@@ -172,5 +177,5 @@ class VarianceGrowth(Probe):
             return "warning", self.limit, "setpoint: ten times what trained pre-norm models were measured at (1,030)"
         bound = self.slack * (1 + 1.5 * steps)
         if growth >= bound and fit.form == "exponential":
-            return "info", bound, f"Xiong et al., 2020 · arXiv 2002.04745: 1 + 1.5 L, times {number(self.slack)}"
+            return "info", bound, f"Xiong et al., 2020 · arXiv 2002.04745: 1 + 1.5 L, times {rounded(self.slack)}"
         return None

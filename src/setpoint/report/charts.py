@@ -21,6 +21,11 @@ from setpoint.words import number
 HEIGHT = 220
 ROW = 13
 """Height of one row of a heat map, in pixels."""
+PLAIN = (
+    "datum.value == 0 || inrange(abs(datum.value), [0.001, 99999]) ? format(datum.value, '~r') : "
+    "format(datum.value, '~e')"
+)
+"""How axes and legends write a number: in full, with an exponent where that would be long; never with an SI letter."""
 CELL = 32
 """Width of its cells where they are too few to fill the page."""
 
@@ -172,12 +177,10 @@ def _value_axis(chart: Chart, threshold: float | None) -> alt.Y:
     values = [v for s in chart.series for y in s.y if (v := _shown(y, chart)) is not None]
     values += [threshold] if threshold is not None else []
     size = max(map(abs, values), default=1.0)
-    label = "datum.value == 0 || inrange(abs(datum.value), [0.001, 99999]) ? format(datum.value, '~r') : "
-    label += "format(datum.value, '~e')"
     if not chart.log:
-        return alt.Y("y:Q", title=chart.y, scale=alt.Scale(zero=size < 1), axis=alt.Axis(tickCount=5, labelExpr=label))
+        return alt.Y("y:Q", title=chart.y, scale=alt.Scale(zero=size < 1), axis=alt.Axis(tickCount=5, labelExpr=PLAIN))
     ticks = _log_ticks(min(values, default=1.0), size)
-    return alt.Y("y:Q", title=chart.y, scale=alt.Scale(type="log"), axis=alt.Axis(values=ticks, labelExpr=label))
+    return alt.Y("y:Q", title=chart.y, scale=alt.Scale(type="log"), axis=alt.Axis(values=ticks, labelExpr=PLAIN))
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
@@ -190,21 +193,16 @@ def _log_ticks(low: float, high: float) -> list[float]:
 
 def _heatmap(chart: Chart) -> alt.Chart:
     scale = alt.Scale(type="log") if chart.log else alt.Scale()
-    legend = alt.Legend(title=None, orient="top", gradientLength=180, format="~s" if chart.log else "~r", tickCount=4)
-    axis = {
-        "labelOverlap": True,
-        "labelSeparation": 4,
-        "ticks": False,
-        "domain": False,
-        "labelAngle": 0,
-        "labelLimit": 140,
-    }
+    legend = alt.Legend(title=None, orient="top", gradientLength=180, labelExpr=PLAIN, tickCount=4)
+    axis = {"ticks": False, "domain": False, "labelAngle": 0}
+    across = axis | {"labelOverlap": True, "labelSeparation": 4, "labelLimit": 140}
+    down = axis | {"labelOverlap": False, "labelLimit": 260}  # a row is as high as its name
     return (
         alt.Chart()
         .mark_rect()
         .encode(
-            x=alt.X("x:O", title=chart.x, sort=None, axis=alt.Axis(**axis)),
-            y=alt.Y("s:O", title=chart.y, sort=None, axis=alt.Axis(**axis)),
+            x=alt.X("x:O", title=chart.x, sort=None, axis=alt.Axis(**across)),
+            y=alt.Y("s:O", title=chart.y, sort=None, axis=alt.Axis(**down)),
             color=alt.Color("y:Q", scale=scale, legend=legend),
             tooltip=[
                 alt.Tooltip("x:O", title=chart.x),

@@ -36,7 +36,8 @@ def facts(report: Report) -> list[str]:
         found.append(f"{amount(model.parameters)} parameters" + (f" in {model.dtype}" if model.dtype else ""))
     if trace.blocks:
         found.append(plural(trace.blocks, "block"))
-    found.append(_inputs(trace))
+    if trace.sequences:
+        found.append(_inputs(trace))
     data = report.settings.get("data")
     if data:
         found.append(f"data: {data}")

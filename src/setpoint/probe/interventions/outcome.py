@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from setpoint.probe.base import Subject, percent
+from setpoint.probe.base import Subject
 from setpoint.running import tensors_of
 from setpoint.types import Task
+from setpoint.words import percent
 
 ChangedPass = Callable[[int], AbstractContextManager[Any]]
 """``change(index)`` opens the context in which the changed pass of batch ``index`` runs."""

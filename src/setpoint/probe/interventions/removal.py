@@ -14,11 +14,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from setpoint.probe.base import Intervention, Subject, listed, number, percent, profile, range_words
+from setpoint.probe.base import Intervention, Subject, profile
 from setpoint.probe.idle import IdleLayers
 from setpoint.probe.interventions.hooks import caught, edited
 from setpoint.probe.interventions.outcome import Bench, Outcome
 from setpoint.types import Block, Finding, Severity, Tap, Trace
+from setpoint.words import listed, percent, range_words, rounded
 
 
 def bypass(model: nn.Module, block: Block) -> Callable[[], AbstractContextManager[None]] | None:
@@ -121,7 +122,7 @@ class BlockRemoval(Intervention):
 
         nats = " nats" if trace.task == "language-model" else ""
         unit = (nats.strip() or "loss") if with_loss else "relative change of the output"
-        words = f"{len(cheap)} of {len(outcomes)} blocks cost under {number(self.cheap)} {unit} when left out"
+        words = f"{len(cheap)} of {len(outcomes)} blocks cost under {rounded(self.cheap)} {unit} when left out"
         where = f" ({range_words(cheap)})" if cheap else ""
         return self.finding(
             "removal",

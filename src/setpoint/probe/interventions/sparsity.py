@@ -22,16 +22,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from setpoint.data import next_token_loss
 from setpoint.errors import InputError
 from setpoint.probe.activity import ActivationSparsity
-from setpoint.probe.base import Intervention, Subject, number, percent, profile
+from setpoint.probe.base import Intervention, Subject, profile
 from setpoint.probe.interventions.hooks import caught, module_at
 from setpoint.running import run_batch
 from setpoint.types import Finding, Tap, Trace
+from setpoint.words import percent, rounded
 
 Forward = Callable[[nn.Module, Any], Any]
 Loss = Callable[[Any, Any], Tensor]
@@ -313,7 +314,7 @@ def ppl_sparsity(
     if not ffns:
         raise InputError("ffns is empty: name the down projections, e.g. 'layers.0.mlp.down'.")
     run = forward or run_batch
-    measure = loss or next_token_loss
+    measure = loss or _predicted
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
 
     with torch.no_grad():
@@ -354,15 +355,15 @@ def ppl_sparsity(
     return SparsityReport(p, target, thresholds, table, ratio)
 
 
-def next_token_loss(output: Any, batch: Any) -> Tensor:
-    """Mean cross-entropy in nats of each token given those before it."""
+def _predicted(output: Any, batch: Any) -> Tensor:
+    """Mean cross-entropy in nats of each token given those before it, padding left out."""
     logits = output.logits if hasattr(output, "logits") else output
     ids = batch.get("labels", batch["input_ids"]) if isinstance(batch, Mapping) else batch
     ids = ids[0] if isinstance(ids, tuple) else ids
     targets = ids[:, 1:].clone()
     if isinstance(batch, Mapping) and batch.get("attention_mask") is not None:
         targets[~batch["attention_mask"][:, 1:].bool()] = -100
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+    return next_token_loss(logits[:, :-1], {"targets": targets})
 
 
 @dataclass(frozen=True)
@@ -416,7 +417,7 @@ class SilencedNeurons(Intervention):
                 "perplexity",
                 "info",
                 value=report.sparsity,
-                unit=f"share silenced at +{number(self.p)} % perplexity",
+                unit=f"share silenced at +{rounded(self.p)} % perplexity",
                 threshold=self.p / 100,
                 source="Luo et al., 2024 · arXiv 2411.02335: PPL-1 % sparsity",
                 sites=[sites.get(blocks[i], f"block {blocks[i]}") for i in np.argsort(per_layer)],
@@ -431,7 +432,7 @@ class SilencedNeurons(Intervention):
                     "tokens": int(report.activation_ratio.shape[1]),
                 },
                 chart=profile(
-                    f"Hidden units that stay active at +{number(self.p)} % perplexity",
+                    f"Hidden units that stay active at +{rounded(self.p)} % perplexity",
                     "share",
                     {"active": [(b, float(v)) for b, v in zip(blocks, per_layer, strict=True)]},
                 ),
