@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from setpoint.errors import InputError
 from setpoint.report.proof import Proof
 from setpoint.studies.declare import BUDGETS, BudgetName, Study
 from setpoint.studies.engine.conduct import Circumstances, Conduct, fingerprint
+from setpoint.studies.engine.executors import Executors
 from setpoint.studies.engine.fingerprint import code_digest, data_digest, digest
 from setpoint.studies.engine.machine import machine, versions
 from setpoint.studies.engine.schedule import Event, Progress
@@ -85,7 +87,7 @@ def prove(
     """
     studies = find_studies(method)
     corpus = Path(data) if data is not None else None
-    _check(studies, method, budget, seeds, corpus, threads)
+    _check(studies, method, budget, seeds, corpus, jobs, threads)
     under = Circumstances(
         source=method,
         budget=budget,
@@ -94,14 +96,15 @@ def prove(
         corpus=data_digest(corpus),
         seeds=seeds,
         jobs=jobs,
-        executor=executor,
+        executors=Executors(executor),
         tune=tune,
         threads=threads,
         device=device,
         store=Store(Path(store) if store is not None else default_path()),
         progress=progress,
     )
-    found = [Conduct(study, under).run() for study in studies]
+    with closing(under.executors):
+        found = [Conduct(study, under).run() for study in studies]
     proof = Proof(
         method=studies[0].key,
         source=method,
@@ -148,12 +151,20 @@ def results(method: str | None = None, *, store: str | os.PathLike[str] | None =
 
 
 def _check(
-    studies: Sequence[Study], method: str, budget: str, seeds: int | None, data: Path | None, threads: int
+    studies: Sequence[Study],
+    method: str,
+    budget: str,
+    seeds: int | None,
+    data: Path | None,
+    jobs: int | None,
+    threads: int,
 ) -> None:
     if budget not in BUDGETS:
         raise InputError(f"budget should be one of {', '.join(BUDGETS)}, not {budget!r}")
     if seeds is not None and seeds < 2:
         raise InputError(f"expected at least 2 seeds, since an interval needs two, got {seeds}")
+    if jobs is not None and jobs < 1:
+        raise InputError(f"expected at least one job, got {jobs}")
     if threads < 1:
         raise InputError(f"expected at least one thread, got {threads}")
     if data is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +14,7 @@ from setpoint.studies.declare import BudgetName, Study
 from setpoint.studies.engine import tune as tuning
 from setpoint.studies.engine.assemble import assemble
 from setpoint.studies.engine.execute import Task, budget_of
-from setpoint.studies.engine.executors import Executor, make_executor
+from setpoint.studies.engine.executors import Executors
 from setpoint.studies.engine.fingerprint import digest
 from setpoint.studies.engine.machine import machine, versions
 from setpoint.studies.engine.schedule import Progress, run_all
@@ -35,7 +34,7 @@ class Circumstances:
         code: Hash of the studies' code.
         data, corpus: The user's corpus, and its hash.
         seeds: Replicates of each arm; None for what the budget says.
-        jobs, executor: How many runs at a time, and where.
+        jobs, executors: How many runs at a time, and where.
         tune: Whether to tune even if settings are known.
         threads, device: What each run may use.
         store: Where runs are kept.
@@ -49,7 +48,7 @@ class Circumstances:
     corpus: str
     seeds: int | None
     jobs: int | None
-    executor: str
+    executors: Executors
     tune: bool
     threads: int
     device: str
@@ -99,11 +98,10 @@ class Conduct:
             The result, and the seconds that its judged runs took, added up.
         """
         study, budget = self.study, self.study.budgets[self.under.budget]
-        with closing(make_executor(self.under.executor, self._jobs())) as executor:
-            tuned = self._tuned(executor)
-            seeds = range(self.under.seeds if self.under.seeds is not None else budget.seeds)
-            tasks = [self._task("judge", a.name, tuned.settings[a.name], seed) for seed in seeds for a in study.arms]
-            rows = self._do(executor, tasks, f"running {study.name}")
+        tuned = self._tuned()
+        seeds = range(self.under.seeds if self.under.seeds is not None else budget.seeds)
+        tasks = [self._task("judge", a.name, tuned.settings[a.name], seed) for seed in seeds for a in study.arms]
+        rows = self._do(tasks, f"running {study.name}")
         runs: dict[str, dict[int, Row]] = {arm.name: {} for arm in study.arms}
         for task in tasks:
             runs[task.key.arm][task.key.seed] = rows[task.key.hash]
@@ -117,7 +115,7 @@ class Conduct:
             result = replace(result, notes=(*result.notes, words))
         return result, seconds
 
-    def _tuned(self, executor: Executor) -> Tuned:
+    def _tuned(self) -> Tuned:
         """Settings from the store, else from the package, else tuned now; a smoke run never tunes by itself."""
         study, under = self.study, self.under
         if study.tuning is None:
@@ -130,7 +128,7 @@ class Conduct:
             if not under.tune and under.budget == "smoke":
                 return Tuned({arm.name: study.settings(arm)[0] for arm in study.arms}, {}, "not tuned: a smoke run")
             deadline = tuning.time_left(study, list(known.values()), self._jobs())
-            known |= self._do(executor, plan, f"tuning {study.name}", deadline)
+            known |= self._do(plan, f"tuning {study.name}", deadline)
         return tuning.choose(study, self._tuning_task, known)
 
     def _shipped(self) -> Tuned | None:
@@ -175,14 +173,12 @@ class Conduct:
         )
         return Task(under.source, key, under.data, under.device, under.threads, under.store.scratch(key))
 
-    def _do(
-        self, executor: Executor, tasks: Sequence[Task], stage: str, deadline: float | None = None
-    ) -> dict[str, Row]:
+    def _do(self, tasks: Sequence[Task], stage: str, deadline: float | None = None) -> dict[str, Row]:
         facts = {"machine": machine(), "versions": versions(), "threads": self.under.threads}
         return run_all(
             tasks,
             self.under.store,
-            executor,
+            self.under.executors.of(self._jobs()),
             stage=stage,
             facts=facts,
             progress=self.under.progress,

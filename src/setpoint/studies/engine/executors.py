@@ -56,6 +56,29 @@ def make_executor(name: str, jobs: int) -> Executor:
     return _EXECUTORS[name](jobs)
 
 
+@dataclass
+class Executors:
+    """The executors of one proof, started when first used and kept for its next study.
+
+    Args:
+        name: ``"local"`` or ``"ray"``.
+    """
+
+    name: str
+    started: dict[int, Executor] = field(default_factory=dict)
+
+    def of(self, jobs: int) -> Executor:
+        """The executor that does this many runs at a time."""
+        if jobs not in self.started:
+            self.started[jobs] = make_executor(self.name, jobs)
+        return self.started[jobs]
+
+    def close(self) -> None:
+        """Stop them all."""
+        for executor in self.started.values():
+            executor.close()
+
+
 class Inline:
     """One run after the other, in this process."""
 
