@@ -79,6 +79,15 @@ def test_hooks_are_there_on_recorded_steps_only() -> None:
     assert hooks(model) == 0
 
 
+def test_steps_are_counted_from_where_a_run_goes_on() -> None:
+    model, seen = encoder(), []
+    watcher = watch(model, every=10, on=lambda observation: seen.append(observation.step))
+    for number in range(18, 22):
+        with watcher.step(number):
+            loss_of(model(inputs()[0])).backward()
+    assert seen == [20]
+
+
 def test_a_recorded_step_is_what_record_measures() -> None:
     model = encoder()
     expected = record(model, [inputs()[0]], loss=loss_of)
@@ -96,7 +105,9 @@ def test_a_recorded_step_is_what_record_measures() -> None:
             assert found.rms == pytest.approx(given.rms, rel=1e-5), name
         if given.gradient_rms is not None:
             assert found.gradient_rms == pytest.approx(given.gradient_rms, rel=1e-4), name
+    assert {p.block for p in trace.parameters.values()} == {None, 0, 1}
     for name, parameter in expected.parameters.items():
+        assert trace.parameters[name].block == parameter.block, name
         assert trace.parameters[name].gradient_norm == pytest.approx(parameter.gradient_norm, rel=1e-4), name
 
 

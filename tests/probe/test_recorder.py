@@ -583,9 +583,9 @@ def test_models_that_add_in_place_to_their_branch_still_train() -> None:
 
 
 def test_parameters_know_their_block() -> None:
-    from setpoint.probe.recorder import _block_finder
+    from setpoint.probe.recorder import block_finder
 
-    block_of = _block_finder([("layers.1", 1), ("layers.10", 10), ("", 0)])
+    block_of = block_finder([("layers.1", 1), ("layers.10", 10), ("", 0)])
     assert (block_of("layers.1.up.weight"), block_of("layers.10.up.weight"), block_of("head.weight")) == (1, 10, None)
 
 

@@ -121,7 +121,7 @@ def record(
         blocks=len(blocks) if anatomy is not None else None,
         loss=_mean(losses),
         structure=anatomy.structure if anatomy is not None else frozenset(),
-        block_of=_block_finder([(block.name, block.index) for block in blocks]),
+        block_of=block_finder([(block.name, block.index) for block in blocks]),
     )
 
 
@@ -169,7 +169,7 @@ def _mean(losses: Sequence[tuple[float, int]]) -> float | None:
     return float(sum(value * tokens for value, tokens in shares) / weight) if weight else float(shares[0][0])
 
 
-def _block_finder(blocks: Sequence[tuple[str, int]]) -> Callable[[str], int | None]:
+def block_finder(blocks: Sequence[tuple[str, int]]) -> Callable[[str], int | None]:
     """Which block a parameter belongs to: the one with the longest name that is a prefix of the parameter's."""
     ordered = sorted(blocks, key=lambda block: -len(block[0]))
 

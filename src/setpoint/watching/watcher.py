@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.probe import Recorder, registry
-from setpoint.probe.recorder import with_gradients
+from setpoint.probe.recorder import block_finder, with_gradients
 from setpoint.probe.recorder_gradient import ParameterWatch, squared_norm
 from setpoint.running import plain_execution, unwrap
 from setpoint.surgery import Anatomy
@@ -134,9 +134,15 @@ class Watcher:
     # -- a loop of one's own ------------------------------------------------------------------------------------------
 
     @contextmanager
-    def step(self) -> Iterator[Seen]:
-        """Around one training step: forward, backward and update."""
+    def step(self, number: int | None = None) -> Iterator[Seen]:
+        """Around one training step: forward, backward and update.
+
+        Args:
+            number: Which step it is, counted from 0, for a run that goes on from a checkpoint; the watcher counts
+                when None.
+        """
         seen = Seen()
+        self._steps = self._steps if number is None else number
         self.begin(self._steps)
         try:
             yield seen
@@ -220,9 +226,10 @@ class Watcher:
                 f"The model given to watch ({type(self.model).__name__}) was not called in step {self._recorded}; "
                 "watch the network whose forward runs."
             )
-        blocks = tuple(self._anatomy.blocks)
+        blocks = self._anatomy.blocks
         trace = recorder.trace(
             blocks=len(blocks),
+            block_of=block_finder([(block.name, block.index) for block in blocks]),
             loss=float(loss.detach()) if isinstance(loss, Tensor) else loss,
             structure=self._anatomy.structure,
         )
