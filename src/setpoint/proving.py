@@ -12,7 +12,7 @@ from pathlib import Path
 
 from setpoint.errors import InputError
 from setpoint.report.proof import Proof
-from setpoint.studies.declare import BUDGETS, BudgetName, Study
+from setpoint.studies.declare import BUDGETS, TUNING_SEED, BudgetName, Study
 from setpoint.studies.engine.conduct import Circumstances, Conduct, fingerprint
 from setpoint.studies.engine.executors import Executors
 from setpoint.studies.engine.fingerprint import code_digest, data_digest, digest
@@ -85,6 +85,8 @@ def prove(
         >>> proof.judgements[0].claim.method
         'batchnorm'
     """
+    if method.endswith(".py"):
+        method = str(Path(method).resolve())  # so that it is found again from anywhere
     studies = find_studies(method)
     corpus = Path(data) if data is not None else None
     _check(studies, method, budget, seeds, corpus, jobs, threads)
@@ -163,6 +165,8 @@ def _check(
         raise InputError(f"budget should be one of {', '.join(BUDGETS)}, not {budget!r}")
     if seeds is not None and seeds < 2:
         raise InputError(f"expected at least 2 seeds, since an interval needs two, got {seeds}")
+    if seeds is not None and seeds > TUNING_SEED:
+        raise InputError(f"expected at most {TUNING_SEED} seeds, since tuning counts its own from there, got {seeds}")
     if jobs is not None and jobs < 1:
         raise InputError(f"expected at least one job, got {jobs}")
     if threads < 1:

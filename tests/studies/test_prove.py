@@ -18,6 +18,8 @@ from setpoint.studies.engine import shipped as shipped_module
 from setpoint.studies.engine.schedule import Event
 from setpoint.studies.engine.shipped import store_result
 from setpoint.studies.engine.store import Store
+from setpoint.studies.registry import find_studies
+from setpoint.types import ArmResult, StudyResult
 
 Logged = Callable[[Path], list[list[str]]]
 
@@ -191,6 +193,7 @@ def test_progress_goes_over_runs_and_within_them(own_study: Path, db: Path) -> N
     [
         ({"budget": "huge"}, "budget should be one of smoke, laptop, full"),
         ({"seeds": 1}, "at least 2 seeds"),
+        ({"seeds": 1001}, "at most 1000 seeds"),
         ({"jobs": 0}, "at least one job"),
         ({"threads": 0}, "at least one thread"),
         ({"executor": "slurm"}, "no executor is called 'slurm'"),
@@ -255,17 +258,15 @@ def test_the_package_gives_the_settings_of_its_own_result(
     db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A smoke run of a shipped method takes its settings from the stored result, not the first of the grid."""
-    first = prove("batchnorm", budget="smoke", jobs=1, store=db)
-    data = json.loads(first.to_json(curves=False))
-    data["budget"] = "laptop"
-    for study in data["studies"]:
-        for arm in study["arms"]:
-            arm["setting"] = {"lr": 8.0} if arm["setting"] else {}
-    (tmp_path / "batchnorm.json").write_text(json.dumps(data))
+    (study, *_) = find_studies("batchnorm")
+    arms = tuple(ArmResult(arm.name, arm.does, {"lr": 8.0}) for arm in study.arms)
+    result = StudyResult(study.name, study.question, (), arms, "seed", (0, 1), {})
+    store_result(Proof("batchnorm", "laptop", (result,)), tmp_path)
     monkeypatch.setattr(shipped_module.shipped, "__defaults__", (tmp_path,))
     proof = prove("batchnorm", budget="smoke", jobs=1, store=db)
-    assert proof.studies[0].arms[0].setting == {"lr": 8.0}
+    assert {arm.setting["lr"] for arm in proof.studies[0].arms} == {8.0}
     assert "stored result" in proof.studies[0].tuning
+    assert {arm.setting["lr"] for arm in proof.studies[1].arms} == {0.02}  # the stored result does not know it
 
 
 def test_the_shell_proves_lists_and_writes_pages(
