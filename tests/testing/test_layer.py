@@ -210,6 +210,7 @@ FAULTS: dict[str, tuple[type[nn.Module] | Callable[[], nn.Module], str]] = {
     "compile": (OnlyOnCpu, "fails the check 'compile' with"),
     "vectorize": (with_compute(lambda self, x: NoVmap.apply(x) * self.weight), "fails the check 'vectorize' with"),
     "checkpointing": (with_compute(always_new), "with activation checkpointing .gradients.: off by"),
+    "inductor": (OnlyOnCpu, "fails the check 'inductor' with"),
     "export": (OnlyOnCpu, "fails the check 'export' with"),
 }  # fmt: skip
 
@@ -227,7 +228,14 @@ def test_planted_fault_is_caught_by_its_check(check: str) -> None:
         check_layer(make, inputs, except_=all_but(check), slow=True)
 
 
-@pytest.mark.parametrize("check", [name for name in FAULTS if name != "channels_last"])
+@pytest.mark.parametrize(
+    "check",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in SLOW_CHECKS else ())
+        for name in FAULTS
+        if name != "channels_last"
+    ],
+)
 def test_sound_layer_passes_each_check(check: str) -> None:
     ({**CHECKS, **SLOW_CHECKS}[check])(Case(Scale, (INPUTS,)))
 

@@ -50,7 +50,7 @@ def check_layer(
         batch_axis: The axis of every input tensor that counts examples, None if there is none.
         feature_axis: The axis of the first input whose size the layer insists on, None if any size will do.
         except_: Check -> why this layer can't pass it. Names are those of ``LAYER_CHECKS``.
-        slow: Take the checks of the second tier too (``export``).
+        slow: Take the checks of the second tier too (``inductor``, ``export``).
 
     Raises:
         ConformanceError: (an `AssertionError`) at the first check that fails, with its name and what to do.

@@ -372,13 +372,22 @@ def errors(case: Case) -> None:
 
 def compile(case: Case) -> None:
     """`torch.compile` needs one graph, forward and backward, and gives the same numbers."""
+    _compiled(case, "aot_eager")
+
+
+def inductor(case: Case) -> None:
+    """The same with generated code; it takes a C++ compiler and seconds."""
+    _compiled(case, "inductor")
+
+
+def _compiled(case: Case, backend: str) -> None:
     layer = case.layer()
     wanted = run(layer, case.inputs)
     torch._dynamo.reset()
     try:
         fresh = case.layer()
-        compiled = torch.compile(fresh, fullgraph=True, backend="aot_eager")
-        expect_close(run(fresh, case.inputs, compiled), wanted, SAME, "compiled")
+        compiled = torch.compile(fresh, fullgraph=True, backend=backend)
+        expect_close(run(fresh, case.inputs, compiled), wanted, SAME, f"compiled with {backend}")
     finally:
         torch._dynamo.reset()
 
@@ -478,5 +487,5 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
 }
 """Name -> check, in the order in which they run."""
 
-SLOW_CHECKS: Mapping[str, Callable[[Case], None]] = {"export": export}
+SLOW_CHECKS: Mapping[str, Callable[[Case], None]] = {"inductor": inductor, "export": export}
 """Those of the second tier."""

@@ -248,7 +248,7 @@ class _ScaleShiftEager(_ScaleShift):
     @staticmethod
     def jvp(ctx: Any, dx: Tensor, dweight: Tensor, dbias: Tensor | None) -> Tensor:
         x, weight = ctx.saved_tensors
-        dy = dx * weight + x * dweight
+        dy: Tensor = dx * weight + x * dweight
         return dy if dbias is None else dy + dbias
 
 
