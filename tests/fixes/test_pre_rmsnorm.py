@@ -8,11 +8,13 @@ from torch import Tensor, nn
 
 from setpoint import fix
 from setpoint.errors import InputError
-from setpoint.nn import RMSNorm
+from setpoint.models import Learned, Transformer, TransformerConfig
+from setpoint.nn import LayerNorm, RMSNorm
 from setpoint.running import evaluated, tensors_of
 from setpoint.surgery import Anatomy
 from setpoint.surgery.editing import commit
 from setpoint.surgery.inserts import CentredEmbedding, CentredInput, CentredLinear
+from setpoint.testing.tiny import shaken
 from setpoint.types import Build, Edit
 
 Make = Callable[..., tuple[nn.Module, Tensor]]
@@ -170,6 +172,15 @@ def test_the_fused_encoder_path_does_not_go_on_using_the_old_norms(make: Make) -
                 module.weight.zero_()
                 module.bias.zero_()
         assert torch.allclose(fixed.model(batch), fixed.model[2].bias.expand(2, 5, 3))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_own_backbone_converts_tied_and_untied(tied: bool) -> None:
+    config = TransformerConfig(vocab_size=32, dim=16, depth=2, num_heads=2, bias=True, tie_embeddings=tied)
+    model = shaken(Transformer(config, norm=LayerNorm, position=Learned()))
+    fixed = fix(model, "pre-rmsnorm", [torch.randint(0, 32, (2, 7))], timed=False)
+    assert not norms_of(fixed.model, nn.LayerNorm)
+    assert fixed.change.exact is not None
 
 
 def gpt(embedding: type[nn.Embedding], linear: type[nn.Linear], norm: str) -> nn.Module:

@@ -19,7 +19,8 @@ from setpoint.types import Change
 
 NOISE = 0.02
 """Two timings of one model may differ by this share before a ratio is called not measurable."""
-_ROUNDS = 5
+BUDGET = 5.0
+"""Seconds that a comparison of times may take, beyond the three rounds that it needs."""
 
 
 def change_between(
@@ -118,16 +119,14 @@ def _bytes(model: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in _tensors(model))
 
 
-def time_ratio(
-    before: nn.Module, after: nn.Module, batch: Any, forward: Forward, rounds: int = _ROUNDS
-) -> float | None:
+def time_ratio(before: nn.Module, after: nn.Module, batch: Any, forward: Forward) -> float | None:
     """Forward time of one model over another's, from interleaved runs.
 
     Args:
         before, after: The models.
         batch: What to run.
-        forward: How.
-        rounds: How often; each round runs the old, the new and the old model.
+        forward: How. Each round runs the old, the new and the old model; there are 3 to 15 rounds, as many as fit into
+            `BUDGET`.
 
     Returns:
         The median of the ratios, or None where the old model against itself is off by more than `NOISE`.
@@ -142,7 +141,8 @@ def time_ratio(
                     torch.cuda.synchronize(tensor.device)
             return time.perf_counter() - start
 
-    seconds(before), seconds(after)
+    warm = seconds(before) + seconds(after)
+    rounds = min(15, max(3, int(BUDGET / (1.5 * warm + 1e-6))))
     taken = [(seconds(before), seconds(after), seconds(before)) for _ in range(rounds)]
     plain = statistics.median(b / a for a, _, b in taken)
     if abs(plain - 1.0) > NOISE:
