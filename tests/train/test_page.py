@@ -13,6 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 
 def test_the_pages_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SETPOINT_CACHE", str(tmp_path / "cache"))
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     assert len(blocks) == 3
     names: dict[str, Any] = {}

@@ -199,7 +199,7 @@ def test_callbacks_go_on_too(course: ModuleType, tmp_path: Path) -> None:
     assert count.seen == sum(range(1, 7))
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one_with_twice_the_batches(course: ModuleType, tmp_path: Path, strategy: str) -> None:
     done = start(tmp_path, 12, strategy, 1, processes=2)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -19,7 +19,7 @@ class History:
         losses: Training loss of each step, before its update; the mean over its batches and over processes.
         rates: Peak learning rate of each step times the schedule.
         evaluations: What each evaluation gave, with its ``step``.
-        seconds: Time spent training, over all sittings; evaluations, checkpoints and callbacks are not in it.
+        seconds: Time spent on steps, over all sittings; evaluations, checkpoints and ``on_step`` are not in it.
         tokens: Tokens trained on (images, for data without tokens), over all processes.
     """
 

@@ -70,7 +70,8 @@ def train(
     loss curve is the one of a run that was never cut off (bit for bit on one machine, with deterministic kernels).
 
     Args:
-        model: The network; trained in place, and in its own modes again afterwards.
+        model: The network; trained in place, all of it in train mode (a callback's ``on_start`` may put parts back into
+            eval mode), and in its own modes again afterwards.
         data: Batches, endless or not (an iterable that ends is started again). Of several processes each takes every
             n-th batch, so ``n`` processes make the steps of one that accumulates ``n`` batches.
         loss: ``loss(output, batch)``, a scalar that is a mean over the batch.
