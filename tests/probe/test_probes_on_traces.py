@@ -552,6 +552,10 @@ def test_int8_steps_are_drawn_as_one_value_a_block() -> None:
     (series,) = finding.chart.series
     assert series.x == (0.0, 1.0, 2.0)
     assert series.y[0] == pytest.approx(127 / 51)
+    outside = [*norms, replace(norms[0], site=site("head norm", "norm"))]
+    finding = next(f for f in PrecisionRisk()(trace_of(*outside)) if f.id == "precision-risk@int8")
+    assert finding.chart is not None
+    assert finding.chart.series[0].x == tuple(float(i) for i in range(7)), "a place outside of blocks is drawn too"
 
 
 def test_the_massive_channel_is_drawn_beside_the_largest_other_one() -> None:

@@ -330,3 +330,4 @@ def test_a_heat_map_names_every_row_in_full_and_writes_numbers_out() -> None:
     assert encoding["y"]["axis"]["labelOverlap"] is False
     assert encoding["y"]["axis"]["labelLimit"] >= 250
     assert "format" not in encoding["color"]["legend"], "SI letters: 100m would stand for 0.1"
+    assert encoding["color"]["legend"]["values"] == [0.1, 1.0, 10.0]

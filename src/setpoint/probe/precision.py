@@ -18,7 +18,7 @@ from typing import ClassVar
 import numpy as np
 
 from setpoint.probe.base import FLOAT16_MAX, Needs, Probe, known, peak, profile
-from setpoint.types import Finding, Record, Severity, SiteRole, Stat, Trace
+from setpoint.types import Chart, Finding, Record, Severity, SiteRole, Stat, Trace
 from setpoint.words import percent, rounded
 
 FLOAT8_E4M3_MAX = 448.0
@@ -150,13 +150,7 @@ class PrecisionRisk(Probe):
                 f"leaves the typical channel under {rounded(self.steps)} of 127 steps; fewest at {worst}: "
                 f"{rounded(coarse[worst])} (step {rounded(step)}){lost}.",
                 numbers={"levels": coarse[worst], "step": step, "largest": largest, "sites": len(coarse)},
-                chart=profile(
-                    "int8 steps left for the typical channel, fewest in each block",
-                    "steps",
-                    _fewest_by_block([r for r in trace.records.values() if r.site.name in levels], levels),
-                    log=True,
-                    threshold=self.steps,
-                ),
+                chart=_steps_chart([r for r in trace.records.values() if r.site.name in levels], levels, self.steps),
                 explanation=self.int8_explanation,
             )
         ]
@@ -185,15 +179,19 @@ class PrecisionRisk(Probe):
         ]
 
 
-def _fewest_by_block(records: Sequence[Record], levels: Mapping[str, float]) -> dict[str, list[tuple[int, float]]]:
-    """Role -> the fewest steps among its sites in each block."""
-    fewest: dict[str, dict[int, float]] = {}
-    for record in records:
-        block, steps = record.site.block, levels[record.site.name]
-        if block is not None:
-            row = fewest.setdefault(record.site.role, {})
-            row[block] = min(steps, row.get(block, steps))
-    return {role: sorted(row.items()) for role, row in fewest.items()}
+def _steps_chart(records: Sequence[Record], levels: Mapping[str, float], threshold: float) -> Chart:
+    """Steps left over depth: the fewest in each block, or place by place where some stand outside of blocks."""
+    title = "int8 steps left for the typical channel"
+    lines: dict[str, dict[int, float]] = {}
+    blocks = [r.site.block for r in records]
+    for place, (record, block) in enumerate(zip(records, blocks, strict=True)):
+        row, steps = lines.setdefault(record.site.role, {}), levels[record.site.name]
+        x = place if block is None or None in blocks else block
+        row[x] = min(steps, row.get(x, steps))
+    points = {role: sorted(row.items()) for role, row in lines.items()}
+    if None in blocks:
+        return profile(title, "steps", points, x="place, in order of execution", log=True, threshold=threshold)
+    return profile(f"{title}, fewest in each block", "steps", points, log=True, threshold=threshold)
 
 
 def typical_levels(record: Record) -> float | None:

@@ -191,9 +191,18 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [float(f"{step}e{power}") for power in range(first, last + 1, every) for step in steps]
 
 
+def _few_ticks(values: Sequence[float]) -> list[float]:
+    """Ticks between the values, few enough to stand along a colour bar."""
+    low, high = min(values), max(values)
+    inside = [tick for tick in _log_ticks(low, high) if low <= tick <= high]
+    return inside[:: math.ceil(len(inside) / 6)] if inside else [low, high]
+
+
 def _heatmap(chart: Chart) -> alt.Chart:
     scale = alt.Scale(type="log") if chart.log else alt.Scale()
-    legend = alt.Legend(title=None, orient="top", gradientLength=180, labelExpr=PLAIN, tickCount=4)
+    values = [v for s in chart.series for y in s.y if (v := _shown(y, chart)) is not None]
+    ticks = {"values": _few_ticks(values)} if chart.log and values else {"tickCount": 4}
+    legend = alt.Legend(title=None, orient="top", gradientLength=180, labelExpr=PLAIN, **ticks)
     axis = {"ticks": False, "domain": False, "labelAngle": 0}
     across = axis | {"labelOverlap": True, "labelSeparation": 4, "labelLimit": 140}
     down = axis | {"labelOverlap": False, "labelLimit": 260}  # a row is as high as its name
