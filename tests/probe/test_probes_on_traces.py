@@ -94,10 +94,10 @@ def test_a_probe_that_has_nothing_to_read_says_what_it_lacks(probe: Probe) -> No
 
 def test_what_was_not_measured_is_named_with_what_it_takes() -> None:
     probes = registry.probes_for({"attention-collapse", "gradient-imbalance", "dead-units"})
-    assert registry.not_measured(probes, convolutional_trace()) == [
-        "gradient-imbalance (give a loss)",
-        "attention-collapse (no attention was found in this model)",
-    ]
+    assert registry.not_measured(probes, convolutional_trace()) == {
+        "gradient-imbalance": "needs a loss",
+        "attention-collapse": "no attention",
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -60,11 +60,12 @@ def test_a_healthy_model_gets_a_friendly_line(report: Report) -> None:
 
 
 def test_silence_about_what_was_not_measured_is_not_called_health(report: Report) -> None:
-    lacking = ["attention-collapse (no attention was found in this model)", "gradient-imbalance (give a loss)"]
+    lacking = {"rank-collapse": "no residual stream", "gradient-imbalance": "needs a loss"}
+    lacking["idle-layers"] = lacking["rank-collapse"]
     text = printed(replace(report, findings=(), settings={"not_measured": lacking}), 200)
-    assert f"Not measured: {'; '.join(lacking)}." in text
+    assert "Not measured: rank-collapse and idle-layers (no residual stream); gradient-imbalance (needs a" in text
     nothing = replace(report.trace, records={}, attention={})
-    text = printed(replace(report, findings=(), trace=nothing, settings={"not_measured": lacking[:1]}), 200)
+    text = printed(replace(report, findings=(), trace=nothing, settings={"not_measured": lacking}), 200)
     assert "every signal" not in text
     assert "Nothing was measured." in text
 

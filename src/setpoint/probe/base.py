@@ -100,7 +100,7 @@ class Probe(_Reporter, ABC):
         if not found.isdisjoint(self.needs):
             return ""
         kinds = " or ".join(dict.fromkeys(_KINDS[role] for role in self.needs))
-        return f"no {kinds} was found in this model"
+        return f"no {kinds}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -97,7 +97,7 @@ class GradientImbalance(Probe):
     def lacks(self, trace: Trace) -> str:
         """A loss, or depth."""
         if all(p.gradient_norm is None for p in trace.parameters.values()):
-            return "give a loss"
+            return "needs a loss"
         return "" if len(depth_of(trace).gradients) >= self.fewest else f"fewer than {self.fewest} blocks or layers"
 
     def __call__(self, trace: Trace) -> list[Finding]:

@@ -73,7 +73,7 @@ class NormMismatch(Probe):
     def lacks(self, trace: Trace) -> str:
         """A stream, or groups in it."""
         named = any(r.groups for r in stream(trace, embedding=True))
-        return super().lacks(trace) or ("" if named else "name token groups: groups={name: mask}")
+        return super().lacks(trace) or ("" if named else "needs named groups of tokens")
 
     def __call__(self, trace: Trace) -> list[Finding]:
         """At most one finding, judged where the groups first stand side by side."""

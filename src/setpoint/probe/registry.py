@@ -82,14 +82,14 @@ def run(probes: Iterable[Probe], trace: Trace) -> list[Finding]:
     return by_severity(finding for probe in probes for finding in probe(trace))
 
 
-def not_measured(probes: Iterable[Probe], trace: Trace) -> list[str]:
-    """The codes of probes whose silence means nothing, each with what the trace lacks.
+def not_measured(probes: Iterable[Probe], trace: Trace) -> dict[str, str]:
+    """The codes of probes whose silence means nothing, each with why.
 
     >>> from setpoint.testing import healthy_trace
     >>> not_measured(probes_for({"norm-mismatch", "rank-collapse"}), healthy_trace())
-    ['norm-mismatch (name token groups: groups={name: mask})']
+    {'norm-mismatch': 'needs named groups of tokens'}
     """
-    return [f"{probe.code} ({why})" for probe in probes if (why := probe.lacks(trace))]
+    return {probe.code: why for probe in probes if (why := probe.lacks(trace))}
 
 
 def by_severity(findings: Iterable[Finding]) -> list[Finding]:

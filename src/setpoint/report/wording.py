@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from setpoint.types import SEVERITIES, Finding, Remedy, Trace
-from setpoint.words import amount as amount  # the templates have one object for all words, so these are found here too
-from setpoint.words import number as number
-from setpoint.words import plural as plural
-from setpoint.words import range_words
+from setpoint.words import amount, listed, number, plural, range_words
 
 if TYPE_CHECKING:
     from setpoint.report.report import Report
+
+__all__ = [
+    "PAPER_ONLY",
+    "amount",
+    "arxiv",
+    "by_time",
+    "counts",
+    "facts",
+    "mark",
+    "name_of",
+    "not_measured",
+    "nothing_found",
+    "number",
+    "papers_only",
+    "plural",
+    "title",
+    "where",
+]
 
 PAPER_ONLY = "*"
 """Stands behind the key of a method that `setpoint show` can't show."""
@@ -79,9 +94,11 @@ def nothing_found(report: Report) -> str:
 
 
 def not_measured(report: Report) -> str:
-    """What the check could not say anything about, and what it lacked; "" when it looked at everything."""
-    lacking = report.settings.get("not_measured") or ()
-    return "Not measured: " + "; ".join(lacking) + "." if lacking else ""
+    """What the check could say nothing about, and why; "" when it looked at everything."""
+    lacking: Mapping[str, str] = report.settings.get("not_measured") or {}
+    reasons = dict.fromkeys(lacking.values())
+    groups = [f"{listed((code for code in lacking if lacking[code] == why), 20)} ({why})" for why in reasons]
+    return f"Not measured: {'; '.join(groups)}." if groups else ""
 
 
 def papers_only(findings: Sequence[Finding]) -> str:
