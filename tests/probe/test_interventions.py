@@ -390,7 +390,7 @@ def test_an_intervention_that_fails_costs_nothing_but_itself(monkeypatch: pytest
         found = registry.deepen(target, sink_trace(), registry.run(registry.PROBES, sink_trace()))
     (finding,) = (f for f in found if f.code == "massive-activation")
     assert finding.numbers["relies"] == "yes"
-    assert target.failed == ["idle-layers (deep): what leaving a block out costs was not measured: no such layer"]
+    assert target.failed == {"idle-layers --deep": "no such layer"}
 
 
 def test_nothing_massive_means_no_pass_at_all() -> None:

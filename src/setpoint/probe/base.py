@@ -114,7 +114,7 @@ class Subject:
         forward: ``forward(model, batch)`` returns the output.
         loss: ``loss(output, batch)``, a scalar (mean nats per token for a language model), or None.
         progress: ``progress(done, total, text)``, or None.
-        failed: Interventions that this model could not take, one line each; filled as they run.
+        failed: Interventions that this model could not take, code -> reason; filled as they run.
     """
 
     model: nn.Module
@@ -123,7 +123,7 @@ class Subject:
     forward: Callable[[nn.Module, Any], Any]
     loss: Callable[[Any, Any], Tensor] | None = None
     progress: Callable[[int, int, str], None] | None = None
-    failed: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 class Intervention(_Reporter, ABC):

@@ -141,9 +141,8 @@ def _attempted(intervention: Intervention, subject: Subject, trace: Trace) -> li
         return intervention(subject, trace)
     except Exception as error:  # whatever a model does when its inside is changed: the recording stands
         reason = " ".join(str(error).split()) or type(error).__name__
-        note = f"{intervention.code} (deep): {intervention.title[0].lower()}{intervention.title[1:]} was not measured"
-        subject.failed.append(f"{note}: {reason}")
-        warnings.warn(subject.failed[-1], stacklevel=3)
+        subject.failed[f"{intervention.code} --deep"] = reason
+        warnings.warn(f"{intervention.code}: not measured with --deep: {reason}", stacklevel=3)
         return []
 
 

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from setpoint.probe.base import Intervention, Subject, profile
+from setpoint.probe.base import Intervention, Subject, looks_untrained, profile
 from setpoint.probe.idle import IdleLayers
 from setpoint.probe.interventions.hooks import caught, edited
 from setpoint.probe.interventions.outcome import Bench, Outcome
@@ -74,6 +74,8 @@ def _reshaping(subject: Subject, blocks: Sequence[Block]) -> set[int]:
 class BlockRemoval(Intervention):
     """Leaves each block out in turn. ``warning`` when at least ``share`` of them cost next to nothing, else ``info``.
 
+    Always ``info`` where the weights look freshly initialized (`setpoint.probe.base.looks_untrained`).
+
     Args:
         cheap: Rise of the loss, or relative change of the output, below which a block costs next to nothing
             (setpoint: 0.01 nats is one per cent of perplexity).
@@ -113,7 +115,8 @@ class BlockRemoval(Intervention):
         with_loss = bench.loss is not None
         order = sorted(outcomes, key=lambda pair: pair[1].rise)
         cheap = [b.index for b, o in order if o.rise < self.cheap]
-        severity: Severity = "warning" if len(cheap) >= max(2, self.share * len(outcomes)) else "info"
+        many = len(cheap) >= max(2, self.share * len(outcomes))
+        severity: Severity = "warning" if many and not looks_untrained(trace) else "info"
         sites = {r.site.block: r.site.name for r in trace.by_role("residual")}
         (least, low), (most, high) = order[0], order[-1]
 
