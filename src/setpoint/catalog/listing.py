@@ -149,7 +149,7 @@ def _proof(method: Method) -> Text | str:
     from setpoint.report.proof import Proof
     from setpoint.report.proof_terminal import summary
 
-    return summary(Proof.from_json(method.result))
+    return Text("\n").join([Text(), summary(Proof.from_json(method.result))])
 
 
 def _plain(method: Method) -> dict[str, Any]:

@@ -46,21 +46,24 @@ def proof_lines(proof: Proof) -> Iterator[RenderableType]:
 
 
 def summary(proof: Proof) -> Text:
-    """A proof in a few lines: its claims with verdict, effect and interval, and where it was run."""
+    """A proof in a few lines: what each study asks, its claims with verdict, effect and interval, and where it ran."""
     lines = []
-    for judgement in proof.judgements:
-        claim, effect = judgement.claim, judgement.effect
-        figure = "" if effect is None else f"  {estimate_of(claim, effect)}"
-        span = "" if effect is None else f" [{span_of(claim, effect)}]"
-        lines.append(
-            Text.assemble(
-                (f"{judgement.verdict:<9}", STYLES[judgement.verdict]), "  ", claim.text, figure, (span, "dim")
-            )
-        )
+    for study in proof.studies:
+        lines.append(Text(study.question, style="italic"))
+        lines += [_claim_line(judgement) for judgement in study.judgements]
     where = [f"{proof.budget} budget", proof.date[:10], proof.machine.get("processor", "")]
     where += [f"torch {version}" if (version := proof.versions.get("torch")) else "", f"`{proof.command}`"]
     lines.append(Text(" · ".join(filter(None, where)), style="dim"))
     return Text("\n").join(lines)
+
+
+def _claim_line(judgement: Judgement) -> Text:
+    claim, effect = judgement.claim, judgement.effect
+    word = (f"  {judgement.verdict:<9}", STYLES[judgement.verdict])
+    if effect is None:
+        return Text.assemble(word, "  ", claim.text)
+    figure = f"  {estimate_of(claim, effect)}"
+    return Text.assemble(word, "  ", claim.text, figure, (f" [{span_of(claim, effect)}]", "dim"))
 
 
 def _replicates(study: StudyResult) -> str:
