@@ -64,3 +64,21 @@ def test_an_existing_folder_is_refused_before_the_model_is_loaded(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "--force" in refused(capsys, "no-such-model", "--with", "pre-rmsnorm", "-o", str(tmp_path))
+
+
+def test_a_checkpoint_is_trained_on_given_text_or_taken_untrained_on_purpose(
+    gpt2: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, text = tmp_path / "out", tmp_path / "letters.txt"
+    text.write_text("the cat sat on the mat, and the dog. " * 400)
+    asked = [str(gpt2), "--with", "lns", "-o", str(out), "--data", str(text)]
+    assert "--untrained-ok" in refused(capsys, *asked)
+    assert "exclude each other" in refused(capsys, *asked, "--retrain", str(text), "--untrained-ok")
+    done = run(app, ["fix", *asked, "--retrain", str(text), "--steps", "30", "--json"])
+    assert done.exit_code == 0, done.output
+    trained = json.loads(done.stdout)["change"]["perplexity"]
+    done = run(app, ["fix", *asked, "--untrained-ok", "--force", "--json"])
+    assert done.exit_code == 0, done.output
+    untrained = json.loads(done.stdout)
+    assert trained[1] < untrained["change"]["perplexity"][1]
+    assert "train it before use" in untrained["notes"][0]
