@@ -60,10 +60,12 @@ def amount(value: float) -> str:
 def percent(share: float) -> str:
     """A share as a percentage, never rounded to 0 % or 100 % when it isn't.
 
-    >>> [percent(s) for s in (0.0, 0.0004, 0.123, 0.98, 0.9996, 1.0)]
-    ['0 %', '0.04 %', '12 %', '98 %', '99.96 %', '100 %']
+    >>> [percent(s) for s in (0.0, 3e-7, 0.0004, 0.123, 0.98, 0.9996, 1.0)]
+    ['0 %', 'under 0.001 %', '0.04 %', '12 %', '98 %', '99.96 %', '100 %']
     """
     value = 100 * share
+    if 0 < value < 0.001:
+        return "under 0.001 %"
     if value in (0.0, 100.0) or 1 <= value <= 99:
         return f"{value:.0f} %"
     return f"{value:.2g} %" if value < 1 else f"{value:.4g} %"

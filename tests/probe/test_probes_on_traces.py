@@ -575,6 +575,9 @@ def test_tokens_and_shares_are_spoken_of_in_the_right_number() -> None:
     assert "at tokens 0 and 5 in" in finding.evidence
     assert "1.4 times what float16 can hold" in finding.evidence
     assert "at token 0 in" in only(MassiveActivation()(residuals(median=[1.0], peaks=[peaks[0][:1]]))).evidence
+    place = replace(site("stage.0", block=0), channel_axis=1)
+    picture = trace_of(Record(place, median=1.0, peaks=peaks[0]))
+    assert "at positions 0 and 5 in" in only(MassiveActivation()(picture)).evidence
 
 
 def test_a_picture_of_one_cell_is_not_drawn() -> None:

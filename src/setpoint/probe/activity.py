@@ -104,8 +104,8 @@ class DeadUnits(Probe):
             sites=sorted(shares, key=lambda name: -shares[name]),
             evidence=f"{total:,} of {width:,} {words} ({percent(total / width)}) were never active on "
             f"{record.tokens:,} {'tokens' if role == 'hidden' else 'positions'}; worst is {worst} with {len(units)} of "
-            f"{_width(record)}. With more data some may turn out rare rather than dead (95 % bound: active on under "
-            f"{percent(min(1.0, 3 / record.tokens))}).",
+            f"{_width(record)}. With more data some may turn out rare rather than dead (95 % bound on how often "
+            f"they are active: {percent(min(1.0, 3 / record.tokens))}).",
             numbers={
                 "dead": total,
                 "units": width,

@@ -136,7 +136,8 @@ class MassiveActivation(Probe):
         severity: Severity = "warning" if at_risk else "info"
         blocks = range(run.first, run.last + 1)
         held = [r.site for r in records if r.site.block in blocks]
-        tokens = f"token{'s' if len(run.tokens) > 1 else ''} {listed(run.tokens)}"
+        word = "token" if held[0].channel_axis == -1 else "position"
+        tokens = f"{word}{'s' if len(run.tokens) > 1 else ''} {listed(run.tokens)}"
         also = f" (also channel{'s' if len(run.channels) > 2 else ''} {listed(run.channels[1:])})"
         risk = f" That is {rounded(abs(run.worst.value) / FLOAT16_MAX)} times what float16 can hold." if at_risk else ""
         return self.finding(
