@@ -86,7 +86,7 @@ def test_a_plain_convolutional_network_has_sites_behind_convolutions_and_linears
     model = LeNet().eval()
     assert [(s.module, s.tap.module, s.channel_axis) for s in sites(model, x, "convolution")] == [
         ("conv1", "conv2", 1),
-        ("conv2", "fc1", 1),
+        ("conv2", "fc1", -1),
     ]
     assert [(s.module, s.tap.module, s.channel_axis) for s in sites(model, x, "hidden")] == [("fc1", "fc2", -1)]
 

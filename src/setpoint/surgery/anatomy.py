@@ -19,6 +19,7 @@ from setpoint.errors import InputError
 from setpoint.running import Forward, untouched, unwrap
 from setpoint.surgery.branches import Addition, find_additions, read_branches
 from setpoint.surgery.chains import find_chains, find_layers
+from setpoint.surgery.channels import find_channel_axes
 from setpoint.surgery.graph import Graph, bit
 from setpoint.surgery.norms import find_norms, norm_sites, reaches
 from setpoint.surgery.ops import is_known
@@ -49,6 +50,8 @@ class Anatomy:
         unwritten: What enters the residual stream without coming from a parameter (the model's own input, positions
             computed in the forward), by the module that adds it.
         layers: Linear -> norm -> activation outside blocks.
+        channel_axes: Where a tensor can be caught -> the axis that holds its channels: -1 for the last, others counted
+            from the front.
 
     Example:
         >>> import torch
@@ -72,6 +75,7 @@ class Anatomy:
     taps: Mapping[str, Tap | None] = field(default_factory=dict)
     unwritten: tuple[Unread, ...] = ()
     layers: tuple[Chain, ...] = ()
+    channel_axes: Mapping[Tap, int] = field(default_factory=dict)
 
     @property
     def feeds(self) -> Mapping[str, frozenset[str]]:
@@ -160,10 +164,11 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         "stream": blocks[0].input if blocks else None,
         "logits": graph.tap(logits) if logits is not None else None,
     }
+    chains, layers = find_chains(graph, reads), find_layers(graph, reads, additions)
     return Anatomy(
         blocks,
         norm_sites(graph, reads),
-        find_chains(graph, reads),
+        chains,
         attention,
         writers,
         embeddings,
@@ -172,7 +177,8 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         (*_unread(model, graph), *_uncaught(blocks)),
         taps,
         unwritten,
-        find_layers(graph, reads, additions),
+        layers,
+        find_channel_axes(graph, reads, additions, blocks, chains + layers, (head, taps["logits"])),
     )
 
 
@@ -215,7 +221,8 @@ def _blocks(graph: Graph, additions: list[Addition]) -> tuple[Block, ...]:
         branches = tuple(branch for addition in group for branch in addition.branches)
         following = groups[index + 1][0] if index + 1 < len(groups) else None
         result = _result(graph, owner, last, following)
-        start = graph.tap(group[0].source)
+        # an addition inside a branch (the skip of a state space) runs before the one that the branch ends in
+        start = graph.tap(min((addition.source for addition in group), key=lambda value: value.index))
         blocks.append(Block(index, name, branches, start, graph.tap(result), owner.ordinal if owner is not None else 0))
     return tuple(blocks)
 

@@ -273,6 +273,14 @@ class Graph:
         yield from (found for found in seen if found[1].side == "output")
         yield from (found for found in seen if found[1].side == "input")
 
+    def tapped(self, tap: Tap) -> Value | None:
+        """The value that a hook at a tap catches."""
+        for call in self.tape.calls:
+            if (call.name, call.ordinal) == (tap.module, tap.call):
+                values = call.outputs if tap.side == "output" else call.inputs
+                return values[tap.index] if tap.index < len(values) else None
+        return None
+
     def tap(self, value: Value | None, inside: str | None = None) -> Tap | None:
         """The first tap of a value; with ``inside``, that of the module of this name if it has one."""
         if value is None:

@@ -88,6 +88,24 @@ def read_channels(graph: Graph, start: Value, axes: tuple[int, ...], weight: Wei
     return Reading(weight.input_axis, _indices(channels), merged)
 
 
+def carried_axis(graph: Graph, start: Value, axis: int, end: Value) -> int | None:
+    """The axis of ``end`` along which the numbers of ``start`` along ``axis`` run; None unless there is just one."""
+    along = _along(start.tensor, (axis % start.tensor.dim() - start.tensor.dim(),))
+    numbers = _Numbers(graph, start, along).of(end)
+    if numbers is None:  # a view that would need memory of its own
+        numbers = _Numbers(graph, start, along.contiguous()).of(end)
+    if numbers is None:
+        return None
+    for place, stride in enumerate(numbers.stride()):  # what is repeated without memory does not vary
+        numbers = numbers.narrow(place, 0, 1) if stride == 0 else numbers
+    varying = [
+        place
+        for place, size in enumerate(numbers.shape)
+        if size > 1 and bool((numbers != numbers.narrow(place, 0, 1)).any())
+    ]
+    return varying[0] if len(varying) == 1 else None
+
+
 def _indices(numbers: list[int]) -> Indices:
     contiguous = bool(numbers) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
     return range(numbers[0], numbers[-1] + 1) if contiguous else tuple(numbers)

@@ -15,7 +15,7 @@ def sites_of(anatomy: Anatomy) -> tuple[Site, ...]:
     found: list[Site] = []
     names: set[str] = set()
 
-    def add(place: str, role: SiteRole, tap: Tap | None, block: int | None, module: str, axis: int = -1) -> None:
+    def add(place: str, role: SiteRole, tap: Tap | None, block: int | None, module: str) -> None:
         if tap is None:
             return
         name, count = f"{place} {role}".strip(), 2
@@ -23,12 +23,10 @@ def sites_of(anatomy: Anatomy) -> tuple[Site, ...]:
             name = f"{place}@{count} {role}".strip()
             count += 1
         names.add(name)
-        found.append(Site(name, role, tap, block, axis, module))
+        found.append(Site(name, role, tap, block, anatomy.channel_axes.get(tap, -1), module))
 
     images = {chain.convolution.module for chain in anatomy.chains}
-    spatial = bool(images) and "attention" not in anatomy.structure
-    axis = 1 if spatial else -1
-    add("", "embedding", anatomy.taps.get("stream"), None, "", axis)
+    add("", "embedding", anatomy.taps.get("stream"), None, "")
     cores = iter(anatomy.attention)
     for block in anatomy.blocks:
         place = block.name or f"block {block.index}"
@@ -44,21 +42,19 @@ def sites_of(anatomy: Anatomy) -> tuple[Site, ...]:
                 and ff.down is not None
                 and (branch.role == "feed_forward" or ff.down.module not in images)
             ):
-                channel = 1 if ff.down.module in images else -1
-                add(ff.name or place, "hidden", ff.hidden, block.index, ff.name, channel)
-            add(writer or place, "branch", branch.writes, block.index, writer, axis)
-        add(place, "residual", block.output, block.index, block.name, axis)
+                add(ff.name or place, "hidden", ff.hidden, block.index, ff.name)
+            add(writer or place, "branch", branch.writes, block.index, writer)
+        add(place, "residual", block.output, block.index, block.name)
     for chain in anatomy.chains:
         module = chain.convolution.module
         owner = next((b.index for b in anatomy.blocks if b.name and module.startswith(f"{b.name}.")), None)
-        add(module, "convolution", chain.output, owner, module, 1)
+        add(module, "convolution", chain.output, owner, module)
     for layer in anatomy.layers:
         add(layer.convolution.module, "hidden", layer.output, None, layer.convolution.module)
     for norm in anatomy.norms.values():
         if "#" not in norm.name:
-            channel = 1 if norm.kind in ("batch", "group", "instance") else -1
             owner = next((b.index for b in anatomy.blocks if b.name and norm.name.startswith(f"{b.name}.")), None)
-            add(norm.name, "norm", Tap(norm.name, "output"), owner, norm.name, channel)
+            add(norm.name, "norm", Tap(norm.name, "output"), owner, norm.name)
     if anatomy.head is not None:
         add(anatomy.head.module, "logits", anatomy.taps.get("logits"), None, anatomy.head.module)
     return tuple(found)
