@@ -128,6 +128,8 @@ def _put_module(model: nn.Module, parent: nn.Module, name: str, edit: Edit, undo
         new = construct(model, edit.value, old)
     elif isinstance(edit.value, Ref):
         new = model.get_submodule(edit.value.path)
+        if old is not None:  # what was hidden inside its wrapper has not seen changes of mode
+            _attribute(new, "training", old.training, undo)
     else:
         assert isinstance(edit.value, nn.Module)
         new = edit.value
