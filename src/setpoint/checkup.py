@@ -122,6 +122,7 @@ def check(
         _blame(loaded, batches, measure)
         raise
     findings = registry.run(chosen, trace)
+    not_measured = registry.not_measured(chosen, trace)
     if deep:
         subject = Subject(
             model=loaded.model,
@@ -133,6 +134,7 @@ def check(
         )
         with untouched(loaded.model):
             findings = registry.deepen(subject, trace, findings, codes=_words(probes))
+        not_measured = {**not_measured, **subject.failed}
     findings = [registry.with_remedies(finding, trace.structure) for finding in findings]
     findings = [replace(finding, remedies=fitting(finding.remedies, anatomy)) for finding in findings]
     findings = [finding for finding in findings if not ignored & {finding.id, finding.code}]
@@ -146,6 +148,7 @@ def check(
             "deep": deep,
             "loss": measure is not None,
             "ignored": sorted(ignored),
+            "not_measured": not_measured,
             "unread": [f"{part.name}: {part.reason}" for part in anatomy.unread],
         },
     )

@@ -49,7 +49,7 @@ def version() -> str:
 def unigram(context: int, source: Path | None = None) -> float:
     """Entropy of single bytes in the training text, in nats: what a model reaches that has learned no order."""
     text = corpus(context, source)
-    counts = torch.bincount(torch.as_tensor(text.train[:1_000_000], dtype=torch.int64), minlength=text.vocab_size)
+    counts = torch.bincount(torch.from_numpy(text.train[:1_000_000].astype("int64")), minlength=text.vocab_size)
     share = counts[counts > 0] / counts.sum()
     return float(-(share * share.log()).sum())
 

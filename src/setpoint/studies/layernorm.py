@@ -132,12 +132,13 @@ def first_gradient(norm: nn.Module, scale: float, steps: int, width: int, seed: 
         "full": Budget(100, 5, {"length": 100, "width": 64}),
     },
 )
-def gradient_range(arm: Arm, _: Mapping[str, Any], seed: int, budget: Budget, ctx: Context) -> Outcome:  # noqa: ARG001
+def gradient_range(arm: Arm, _: Mapping[str, Any], seed: int, budget: Budget, ctx: Context) -> Outcome:
     """Gradients at three scales of the weights."""
     width, scales = budget["width"], (0.5, 1.0, 2.0)
     norm = nn.LayerNorm(width, dtype=torch.float64) if arm["norm"] else nn.Identity()
     norms = [max(first_gradient(norm, scale, budget["length"], width, seed), 1e-300) for scale in scales]
     decades = tuple(log10(value) for value in norms)
+    ctx.progress(len(scales), len(scales), "gradients")
     return Outcome(
         {"decades": max(decades) - min(decades)},
         curves=(Series("gradient at the first step (log10) over weight scale", scales, decades),),
