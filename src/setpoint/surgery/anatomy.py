@@ -17,6 +17,7 @@ from torch import nn
 
 from setpoint.errors import InputError
 from setpoint.running import Forward, untouched, unwrap
+from setpoint.surgery.behaviour import NormRead
 from setpoint.surgery.branches import Addition, find_additions, read_branches
 from setpoint.surgery.chains import find_chains, find_layers
 from setpoint.surgery.channels import find_channel_axes
@@ -174,7 +175,7 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         embeddings,
         head,
         _tied(model),
-        (*_unread(model, graph), *_uncaught(blocks)),
+        (*_unread(model, graph, reads), *_uncaught(blocks)),
         taps,
         unwritten,
         layers,
@@ -293,8 +294,10 @@ def _uncaught(blocks: tuple[Block, ...]) -> tuple[Unread, ...]:
     return tuple(found)
 
 
-def _unread(model: nn.Module, graph: Graph) -> tuple[Unread, ...]:
+def _unread(model: nn.Module, graph: Graph, norms: list[NormRead]) -> tuple[Unread, ...]:
     found = [Unread(name, reason) for name, reason in graph.tape.opaque]
+    known = {norm.call.name for norm in norms if norm.name == norm.call.name and norm.kind != "other"}
+    found += [Unread(name, reason) for name, reason in graph.tape.followed if name not in known]
     opaque = {name for name, _ in graph.tape.opaque}
     called = {call.name for call in graph.tape.calls}
     used = {value.name for node in graph.tape.nodes for value in map(graph.root, node.inputs) if value.name}

@@ -1,8 +1,9 @@
 """The residual stream and what is added to it.
 
 An addition writes to the stream when one operand reaches a common ancestor with no weight between (the stream) and
-the other through a weight (the branch). Two convolved operands (a down-sampling shortcut) count as well. What lies
-between the common ancestor and the branch operand is then read as attention, feed-forward or convolution.
+the other through a weight (the branch). So does the subtraction of a branch. Two convolved operands (a down-sampling
+shortcut) count as well. What lies between the common ancestor and the branch operand is then read as attention,
+feed-forward or convolution.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from setpoint.types import AttentionSite, Branch, BranchRole, FeedForwardSite, P
 
 @dataclass(slots=True, eq=False)
 class Addition:
-    """One residual addition: ``output = stream + branch``; ``source`` is where the branch leaves the stream."""
+    """One residual addition: ``output = stream + branch``; ``source`` is where the branch leaves the stream.
+
+    The branch may be subtracted, or scaled in the sum (``torch.add(..., alpha=...)``).
+    """
 
     node: Node
     stream: Value
@@ -35,16 +39,27 @@ class Addition:
     branches: list[Branch] = field(default_factory=list)
     block: int = 0
 
+    @property
+    def scaled(self) -> bool:
+        """Whether the branch takes part with a sign or factor of the sum itself."""
+        return scaled_operand(self.node) is self.branch
+
 
 def find_additions(graph: Graph) -> list[Addition]:
     """Residual additions in order of execution."""
-    found = [a for node in graph.tape.nodes if node.op == "add" for a in _addition(graph, node)]
+    found = [a for node in graph.tape.nodes if node.op in ("add", "sub") for a in _addition(graph, node)]
     branches = {a.branch.index for a in found}  # parallel branches are summed before they are added
     scores = [node.inputs[0] for node in graph.cores if node.op == "softmax"]
     kept = [a for a in found if a.output.index not in branches and not any(reaches(graph, a.output, s) for s in scores)]
     for addition in kept:
         addition.parts = parallel_parts(graph, addition)
     return kept
+
+
+def scaled_operand(node: Node) -> Value | None:
+    """What a sum takes with a factor of its own: what is subtracted, or times ``alpha``."""
+    scales = len(node.inputs) > 1 and (node.op == "sub" or node.kwargs.get("alpha", 1) != 1)
+    return node.inputs[1] if scales else None
 
 
 def _operands(graph: Graph, node: Node) -> tuple[Value, Value] | None:
@@ -64,6 +79,13 @@ def _is_gated(graph: Graph, stream: Value) -> bool:
     return sum(value.tensor.numel() > 1 and bool(graph.signal & bit(value)) for value in maker.inputs) > 1
 
 
+def _goes_on(graph: Graph, difference: Value) -> bool:
+    """Whether a difference is a stream that a weight reads or the model gives out, and not an error to be squared."""
+    shape = difference.tensor.shape
+    ends = (v for v in graph.tape.outputs if v.floating and v.tensor.shape == shape)
+    return graph.next_weight(difference) is not None or any(reaches(graph, difference, end) for end in ends)
+
+
 def _source(graph: Graph, common: int) -> Value | None:
     values = [graph.tape.values[i] for i in members(common)]
     values = [
@@ -78,13 +100,16 @@ def _addition(graph: Graph, node: Node) -> list[Addition]:
     operands = _operands(graph, node)
     if operands is None or not node.outputs:
         return []
-    for stream, branch in (operands, operands[::-1]):
+    ways = [operands, operands[::-1]]
+    if node.op == "sub":
+        ways = ways[:1] if _goes_on(graph, node.outputs[0]) else []
+    for stream, branch in ways:
         source = _source(graph, (graph.light.get(stream.index, 0) | bit(stream)) & graph.heavy.get(branch.index, 0))
         if source is not None and not _is_gated(graph, stream):
             return [Addition(node, stream, branch, source, node.outputs[0])]
     a, b = operands
     ends = graph.last_weight(a), graph.last_weight(b)
-    if all(end is not None and end.node.op in CONVOLUTIONS for end in ends):
+    if node.op == "add" and all(end is not None and end.node.op in CONVOLUTIONS for end in ends):
         source = _source(graph, graph.heavy[a.index] & graph.heavy[b.index])
         if source is not None:
             depth = [(graph.ancestors[v.index] & ~graph.ancestors.get(source.index, 0)).bit_count() for v in (a, b)]
@@ -119,7 +144,7 @@ def parallel_parts(graph: Graph, addition: Addition) -> list[Value]:
     A weight and its low-rank adapter are one branch, summed on the way.
     """
     maker = addition.branch.producer
-    if maker is None or maker.op != "add":
+    if maker is None or maker.op != "add" or scaled_operand(maker) is not None:
         return [addition.branch]
     operands = _operands(graph, maker)
     if operands is None or not all(graph.heavy.get(v.index, 0) & bit(addition.source) for v in operands):
@@ -268,15 +293,25 @@ def _between(graph: Graph, value: Value, norms: list[NormRead]) -> str:
 
 def _causal(node: Node) -> bool:
     if node.op == "softmax":
-        weights = node.outputs[0].tensor
-        return weights.shape[-1] > 1 and weights.shape[-2] > 1 and not bool(weights[..., 0, 1:].any())
+        return _is_triangle(node.outputs[0].tensor == 0)
     if node.kwargs.get("is_causal") or (len(node.args) > 5 and node.args[5]):
         return True
     mask = node.kwargs.get("attn_mask", node.args[3] if len(node.args) > 3 else None)
-    if not isinstance(mask, Tensor) or mask.shape[-1] < 2 or mask.shape[-2] < 2:
+    if not isinstance(mask, Tensor) or mask.dim() < 2:
         return False
-    hidden = ~mask if mask.dtype == torch.bool else mask < -1e3
-    return bool(hidden[..., 0, 1:].all()) and not bool(hidden[..., -1, 0].all())
+    return _is_triangle(~mask if mask.dtype == torch.bool else mask < -1e3)
+
+
+def _is_triangle(hidden: Tensor) -> bool:
+    """Whether later keys are hidden, beside slots that stand before or behind the keys of the tokens and are seen."""
+    queries, keys = hidden.shape[-2:]
+    extra = keys - queries
+    if queries < 2 or extra < 0:
+        return False
+    for own in (hidden[..., extra:], hidden[..., :queries]):
+        if bool(own[..., 0, 1:].all()) and not bool(own[..., -1, 0].all()):
+            return True
+    return False
 
 
 # feed-forward --------------------------------------------------------------------------------------------------------

@@ -89,6 +89,7 @@ class Tape(TorchFunctionMode):
         self.calls: list[Call] = []
         self.outputs: list[Value] = []
         self.opaque: list[tuple[str, str]] = []
+        self.followed: list[tuple[str, str]] = []  # autograd functions made of torch
         self._known: dict[int, Value] = {}
         self._kept = {id(t) for m in model.modules() for a in vars(m).values() for t in _tensors_in(a)}
         self._names: dict[Any, str] = {}
@@ -240,15 +241,14 @@ class Tape(TorchFunctionMode):
         return True
 
     def enter_function(self, function: type, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        """Note a call of an autograd function that is not torch's own; its backward is unknown in any case."""
-        call = self._stack[-1]
-        hidden = self._enter_unseen(call, tensors_of(result), args, kwargs, None)
-        how = (
-            "computes outside torch's Python calls"
-            if hidden
-            else "has a backward of its own (its forward was followed)"
-        )
-        self.opaque.append((call.name, f"the autograd function {function.__name__} {how}"))
+        """Note a call of an autograd function that is not torch's own; the backward of a stranger's is unknown."""
+        call, name = self._stack[-1], function.__name__
+        if self._enter_unseen(call, tensors_of(result), args, kwargs, None):
+            self.opaque.append((call.name, f"the autograd function {name} computes outside torch's Python calls"))
+        elif not function.__module__.startswith("setpoint."):
+            self.followed.append(
+                (call.name, f"the autograd function {name} has a backward of its own (its forward was followed)")
+            )
 
     def _scripted(self, names: dict[int, str]) -> Callable[..., None]:
         """A hook for all modules that enters calls of scripted ones, which take no hooks of their own."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from setpoint.surgery.behaviour import NormRead
-from setpoint.surgery.branches import Addition
+from setpoint.surgery.branches import Addition, scaled_operand
 from setpoint.surgery.graph import Graph, Weight, bit
 from setpoint.surgery.indices import output_rows
 from setpoint.surgery.ops import CONVOLUTIONS, ELEMENTWISE, MOVES, RESAMPLES
@@ -35,6 +35,9 @@ class _Path:
         return replace(self, reader=node.call.name, via=(label, *self.via), **changes)  # type: ignore[arg-type]
 
 
+_START = _Path()
+
+
 def find_writers(
     graph: Graph, additions: list[Addition], norms: list[NormRead]
 ) -> tuple[tuple[Writer, ...], tuple[Unread, ...]]:
@@ -48,7 +51,8 @@ def find_writers(
         convolved = any(weight.node.op in CONVOLUTIONS for weight in walk.weights_of(addition.stream))
         inside += walk.writers(addition.stream, addition.block, "convolution" if convolved else "other")
         for branch, part in zip(addition.branches, addition.parts, strict=True):
-            inside += walk.writers(part, addition.block, branch.role, bit(addition.source))
+            path = _Path(via=("scale",) if addition.scaled else ())
+            inside += walk.writers(part, addition.block, branch.role, bit(addition.source), path)
     return tuple(dict.fromkeys(starts + inside)), tuple(dict.fromkeys(walk.unwritten))
 
 
@@ -71,11 +75,13 @@ class _Walk:
         weight = None if value.index in self.passed else self.graph.last_weight(value)
         return [] if weight is None else [weight]
 
-    def writers(self, value: Value, block: int | None, role: Role, below: int = 0) -> list[Writer]:
+    def writers(
+        self, value: Value, block: int | None, role: Role, below: int = 0, path: _Path = _START
+    ) -> list[Writer]:
         """What wrote ``value``, as far as it was not passed before; ``below`` is where its branch left the stream."""
         self._found, self._end = [], value
         self._block, self._role, self._below = block, role, below
-        self._follow(value, _Path())
+        self._follow(value, path)
         return self._found
 
     def _follow(self, value: Value, path: _Path) -> None:
@@ -109,6 +115,8 @@ class _Walk:
             for above in node.inputs:
                 if above.floating:
                     self._follow(above, path.behind(node, "resample"))
+        elif node.op in ("neg", "negative", "positive"):
+            self._follow(node.inputs[0], path.behind(node, "scale"))
         elif node.op in ELEMENTWISE:
             for above in node.inputs:
                 if above.floating and above.tensor.shape == value.tensor.shape:
@@ -139,9 +147,11 @@ class _Walk:
         numbers = [a for a in node.args if isinstance(a, int | float) and a != 0]
         if numbers:
             self.unwritten.append(Unread(node.call.name, "a number is added to the stream"))
+        scaled = scaled_operand(node)
         for above in dict.fromkeys(node.inputs):
             if above.floating:
-                self._follow(above, replace(path, reader=node.call.name))
+                via = ("scale", *path.via) if above is scaled else path.via
+                self._follow(above, replace(path, reader=node.call.name, via=via))
 
     def _product(self, node: Node, value: Value, path: _Path) -> None:
         """Through a product with fixed factors; one that varies by channel and input keeps its name in ``via``."""
