@@ -93,8 +93,8 @@ def test_it_makes_the_model_that_the_attention_argument_makes() -> None:
     fixed = fix(plain, "kv-bias", [batch], timed=False).model
     with torch.no_grad():
         for own, block in zip(biased.stack.blocks, fixed.stack.blocks, strict=True):
-            own.attention.sublayer.extra_key.copy_(block.attention.sublayer.kv_bias.key)
-            own.attention.sublayer.extra_value.copy_(block.attention.sublayer.kv_bias.value)
+            own.attention.sublayer.kv_bias.key.copy_(block.attention.sublayer.kv_bias.key)
+            own.attention.sublayer.kv_bias.value.copy_(block.attention.sublayer.kv_bias.value)
         torch.testing.assert_close(fixed(batch), biased(batch))
 
 

@@ -91,7 +91,7 @@ def test_query_and_key_norms_are_read_and_a_learnable_slot_does_not_hide_the_hea
     site = Anatomy.trace(Transformer(CONFIG, attention=attention), TOKENS).attention[1]
     owner = "stack.blocks.1.attention.sublayer"
     assert (site.query_norm, site.key_norm) == (f"{owner}.q_norm", f"{owner}.k_norm")
-    assert (site.num_heads, site.num_kv_heads, site.head_dim) == (4, 2, 4)
+    assert (site.num_heads, site.num_kv_heads, site.head_dim, site.causal) == (4, 2, 4, True)
     assert site.k is not None
     assert site.k.module == f"{owner}.k_proj"
 

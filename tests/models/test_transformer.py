@@ -103,8 +103,8 @@ class Slot:
 
     def __init__(self, key: float, value: float) -> None:
         self.attention = Attention(8, 4, num_kv_heads=2, kv_bias=True).double()
-        nn.init.constant_(self.attention.extra_key, key)
-        nn.init.constant_(self.attention.extra_value, value)
+        nn.init.constant_(self.attention.kv_bias.key, key)
+        nn.init.constant_(self.attention.kv_bias.value, value)
         self.x = torch.randn(1, 5, 8, dtype=torch.float64)
 
     def parts(self) -> tuple[Tensor, Tensor]:
@@ -112,8 +112,8 @@ class Slot:
         q = a.q_proj(self.x).view(1, 5, 4, 2).transpose(1, 2)
         k = a.k_proj(self.x).view(1, 5, 2, 2).transpose(1, 2)
         v = a.v_proj(self.x).view(1, 5, 2, 2).transpose(1, 2)
-        k = torch.cat((a.extra_key[None], k), dim=2).repeat_interleave(2, dim=1)
-        v = torch.cat((a.extra_value[None], v), dim=2).repeat_interleave(2, dim=1)
+        k = torch.cat((a.kv_bias.key[None], k), dim=2).repeat_interleave(2, dim=1)
+        v = torch.cat((a.kv_bias.value[None], v), dim=2).repeat_interleave(2, dim=1)
         scores = (q @ k.transpose(-1, -2)) / 2**0.5
         hidden = torch.cat((torch.zeros(5, 1), torch.ones(5, 5).triu(1)), dim=1).bool()
         return scores.masked_fill(hidden, -torch.inf), v
@@ -143,8 +143,8 @@ def test_kv_bias_starts_small_and_works_with_masks_and_in_an_encoder() -> None:
     attention = partial(Attention, kv_bias=True)
     model = Transformer(replace(CONFIG, dim=64, head_dim=64), attention=attention).eval()
     slot = model.stack.blocks[0].attention.sublayer
-    assert slot.extra_key.shape == slot.extra_value.shape == (2, 1, 64)
-    assert 0.015 < float(torch.cat((slot.extra_key, slot.extra_value)).detach().std()) < 0.025
+    assert slot.kv_bias.key.shape == slot.kv_bias.value.shape == (2, 1, 64)
+    assert 0.015 < float(torch.cat((slot.kv_bias.key, slot.kv_bias.value)).detach().std()) < 0.025
     mask = torch.ones(2, 6, dtype=torch.bool)
     torch.testing.assert_close(model(TOKENS, attention_mask=mask), model(TOKENS), atol=1e-6, rtol=1e-5)
     assert Transformer(replace(CONFIG, causal=False), attention=attention)(TOKENS).shape == (2, 6, 23)
@@ -168,7 +168,7 @@ def test_slots_class_tokens_and_scales_are_not_decayed() -> None:
     groups = decay_groups(Transformer(config, attention=partial(Attention, kv_bias=True)), 0.1)
     shrunk, kept = (set(group["names"]) for group in groups)
     assert "embedding.weight" in shrunk
-    assert kept >= {"embedding_scale", "stack.blocks.0.attention.sublayer.extra_key", "stack.final_norm.weight"}
+    assert kept >= {"embedding_scale", "stack.blocks.0.attention.sublayer.kv_bias.key", "stack.final_norm.weight"}
     vision = VisionTransformer(VisionConfig(image_size=8, patch_size=4, dim=16), pooling=ClassToken())
     assert set(decay_groups(vision, 0.1)[1]["names"]) >= {"class_token", "position_embedding.weight", "patches.bias"}
 

@@ -21,6 +21,7 @@ from setpoint.models.generation import Cache, LayerCache
 from setpoint.models.initialize import Normal
 from setpoint.models.plain import to_plain
 from setpoint.models.position import Position, Rotation, rotate
+from setpoint.nn.attention.kv_bias import KVBias
 from setpoint.nn.block import NormFactory, Placement
 from setpoint.optim.decay import no_weight_decay
 
@@ -116,9 +117,8 @@ class Attention(nn.Module):
         bias: Whether the four projections have biases; ``qkv_bias`` overrules it for the first three.
         dropout: Probability on the attention weights.
         qk_norm: Makes a norm over ``head_dim`` for queries and one for keys, before any rotation.
-        kv_bias: Put a learnable key and value in front of the others in each key head. They have no position, every
-            token sees them, and attention that has nowhere to go can rest on them (Owen et al., 2025,
-            arXiv 2503.22329).
+        kv_bias: Put a learnable key and value in front of the others in each key head, see
+            `setpoint.nn.attention.kv_bias.KVBias`.
 
     Example:
         >>> Attention(8, 2, kv_bias=True)(torch.randn(1, 5, 8)).shape
@@ -150,11 +150,9 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.num_heads * self.head_dim, dim, bias=bias)
         self.q_norm = qk_norm(self.head_dim) if qk_norm is not None else nn.Identity()
         self.k_norm = qk_norm(self.head_dim) if qk_norm is not None else nn.Identity()
-        shape = (self.num_kv_heads, 1, self.head_dim)
-        self.extra_key = nn.Parameter(torch.randn(shape) * 0.02) if kv_bias else None
-        self.extra_value = nn.Parameter(torch.randn(shape) * 0.02) if kv_bias else None
-        if kv_bias:
-            no_weight_decay(self, "extra_key", "extra_value")
+        self.kv_bias = KVBias(self.num_kv_heads, self.head_dim) if kv_bias else None
+        if self.kv_bias is not None:
+            no_weight_decay(self.kv_bias, "key", "value")
 
     def forward(
         self,
@@ -186,12 +184,10 @@ class Attention(nn.Module):
             k, v = cache.append(k, v)
         queries, keys = q.shape[2], k.shape[2]
         causal = self.causal and mask is None and queries > 1
-        if causal and (keys > queries or self.extra_key is not None):  # the kernel's own rule knows neither
+        if causal and (keys > queries or self.kv_bias is not None):  # the kernel's own rule knows neither
             mask, causal = _causal_mask(queries, keys, x.device), False
-        if self.extra_key is not None and self.extra_value is not None:
-            mask = None if mask is None else functional.pad(mask, (1, 0), value=True)
-            k = torch.cat((self.extra_key.to(k.dtype).expand(len(k), -1, -1, -1), k), dim=2)
-            v = torch.cat((self.extra_value.to(v.dtype).expand(len(v), -1, -1, -1), v), dim=2)
+        if self.kv_bias is not None:
+            k, v, mask = self.kv_bias(k, v, mask, queries=queries)
         mixed = functional.scaled_dot_product_attention(
             q,
             k,
