@@ -1,6 +1,8 @@
-"""Write the pages that say what the code says: docs/check.md from the probes, docs/methods.md from the catalogue.
+"""Write the pages that say what the code says.
 
-python docs/generate.py            write both pages
+docs/check.md comes from the probes, docs/methods.md from the catalogue, and so does the table in docs/fix.md.
+
+python docs/generate.py            write the pages
 python docs/generate.py --check    exit with 1 if a page is not what the code says now
 """
 
@@ -41,6 +43,8 @@ prints it) or `--ignore CODE`. In Python a probe is an object, and its threshold
 becomes of the output, and puts it back.
 """
 
+FIXES_FROM, FIXES_TO = "<!-- The table is written by docs/generate.py. -->", "<!-- End of the table. -->"
+
 METHODS_HEAD = """\
 # The methods
 
@@ -64,6 +68,21 @@ def methods_page() -> str:
         parts.append(f"## {room}\n")
         parts += [_method(method) for method in methods.values() if method.room == room]
     return "\n".join(parts)
+
+
+def fix_page() -> str:
+    """docs/fix.md as it stands, which is written by hand, with the table of fixes made anew."""
+    before, start, rest = (HERE / "fix.md").read_text(encoding="utf-8").partition(FIXES_FROM)
+    _, end, after = rest.partition(FIXES_TO)
+    assert start, f"docs/fix.md lost its line {FIXES_FROM}"
+    assert end, f"docs/fix.md lost its line {FIXES_TO}"
+    rows = [
+        f"| [`{item.id}`](methods.md#{method.key}) | {_escaped(item.does)} | {item.preserves} |"
+        for method, item in items().values()
+        if item.kind == "fix"
+    ]
+    table = "\n".join(["| fix | what it does | keeps |", "| --- | --- | --- |", *rows])
+    return f"{before}{start}\n\n{table}\n\n{end}{after}"
 
 
 def _finding(probe: Probe) -> str:
@@ -144,7 +163,7 @@ def _escaped(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-PAGES = {"check.md": check_page, "methods.md": methods_page}
+PAGES = {"check.md": check_page, "fix.md": fix_page, "methods.md": methods_page}
 
 
 def stale() -> list[str]:

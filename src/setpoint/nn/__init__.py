@@ -4,6 +4,9 @@ Every layer is an ordinary `torch.nn.Module`, and every norm can be made from a 
 a model takes norms as arguments: a class, or ``functools.partial(DyT, alpha_init_value=0.8)``.
 """
 
+# attention
+from setpoint.nn.attention.kv_bias import KVBias
+
 # blocks: where norms stand around a sub-layer, as residual units and as placements for a backbone
 from setpoint.nn.block.base import Placement, placement
 from setpoint.nn.block.lns import LayerNormScaling, ScaledPreNorm
@@ -37,6 +40,7 @@ __all__ = [
     "DyT",
     "FrozenBatchNorm",
     "GhostBatchNorm",
+    "KVBias",
     "LNGRUCell",
     "LNLSTMCell",
     "LayerNorm",
