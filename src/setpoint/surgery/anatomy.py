@@ -22,7 +22,7 @@ from setpoint.surgery.branches import Addition, find_additions, read_branches
 from setpoint.surgery.chains import find_chains, find_layers
 from setpoint.surgery.channels import find_channel_axes
 from setpoint.surgery.graph import Graph, bit
-from setpoint.surgery.norms import find_norms, norm_sites, reaches
+from setpoint.surgery.norms import Product, find_norms, norm_sites, reaches
 from setpoint.surgery.ops import is_known
 from setpoint.surgery.tape import Call, Value, record
 from setpoint.surgery.writers import find_writers
@@ -53,6 +53,7 @@ class Anatomy:
         layers: Linear -> norm -> activation outside blocks.
         channel_axes: Where a tensor can be caught -> the axis that holds its channels: -1 for the last, others counted
             from the front.
+        products: Name of a weight -> every product with it, to see who reads it.
 
     Example:
         >>> import torch
@@ -77,6 +78,7 @@ class Anatomy:
     unwritten: tuple[Unread, ...] = ()
     layers: tuple[Chain, ...] = ()
     channel_axes: Mapping[Tap, int] = field(default_factory=dict)
+    products: Mapping[str, tuple[Product, ...]] = field(default_factory=dict)
 
     @property
     def feeds(self) -> Mapping[str, frozenset[str]]:
@@ -166,9 +168,10 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         "logits": graph.tap(logits) if logits is not None else None,
     }
     chains, layers = find_chains(graph, reads), find_layers(graph, reads, additions)
+    norms, products = norm_sites(graph, reads)
     return Anatomy(
         blocks,
-        norm_sites(graph, reads),
+        norms,
         chains,
         attention,
         writers,
@@ -180,6 +183,7 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         unwritten,
         layers,
         find_channel_axes(graph, reads, additions, blocks, chains + layers, (head, taps["logits"])),
+        products,
     )
 
 

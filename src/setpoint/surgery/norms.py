@@ -6,13 +6,14 @@ Norms are known by op (``layer_norm``, ``batch_norm``, ...) and, where one is pl
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from setpoint.surgery.behaviour import NormRead, norm_of_call, norms_inline
 from setpoint.surgery.graph import Graph, bit
-from setpoint.surgery.indices import read_channels, used_rows
+from setpoint.surgery.indices import Indices, read_channels, used_rows
 from setpoint.surgery.ops import ACTIVATIONS, MOVES, NORMS
 from setpoint.surgery.tape import Node, Value
 from setpoint.types import NormKind, NormSite, Use
@@ -76,8 +77,25 @@ def _by_op(graph: Graph, node: Node) -> NormRead:
     )
 
 
-def find_uses(graph: Graph, read: NormRead, norms: list[NormRead]) -> list[Use]:
-    """Every reader of a norm's output, followed through ops that only move values."""
+@dataclass(frozen=True, slots=True)
+class Product:
+    """One product with a weight in the pass.
+
+    Args:
+        norms: Names of the norms whose output it was multiplied by; none where something else came in.
+        rows: Output indices of the weight that took part; None for all.
+    """
+
+    norms: frozenset[str]
+    rows: Indices | None
+
+
+Readings = dict[int, set[str]]
+"""Number of a product's output -> names of the norms that were read."""
+
+
+def find_uses(graph: Graph, read: NormRead, norms: list[NormRead], readings: Readings) -> list[Use]:
+    """Every reader of a norm's output, followed through ops that only move values; ``readings`` is added to."""
     by_input: dict[int, list[NormRead]] = {}
     for norm in norms:
         by_input.setdefault(norm.input.index, []).append(norm)
@@ -97,6 +115,7 @@ def find_uses(graph: Graph, read: NormRead, norms: list[NormRead]) -> list[Use]:
                 continue
             weight = next((graph.weights[o.index] for o in node.outputs if o.index in graph.weights), None)
             if weight is not None:
+                readings.setdefault(weight.node.outputs[0].index, set()).add(read.name)
                 reading = read_channels(graph, read.output, channel_axes(read), weight)
                 passed = (*via, "merge") if reading.merged else via
                 uses.append(
@@ -128,12 +147,16 @@ def channel_axes(read: NormRead) -> tuple[int, ...]:
     return read.axes if read.kind in ("layer", "rms") else (1 - read.input.tensor.dim(),)
 
 
-def norm_sites(graph: Graph, reads: list[NormRead]) -> dict[str, NormSite]:
-    """As the contract type, by name: the calls of one norm are one entry with the uses of all."""
+def norm_sites(graph: Graph, reads: list[NormRead]) -> tuple[dict[str, NormSite], dict[str, tuple[Product, ...]]]:
+    """Norms as the contract type, by name, and every product with a weight, by the weight's name.
+
+    The calls of one norm are one entry with the uses of all.
+    """
+    readings: Readings = {}
     calls: dict[str, list[NormRead]] = {}
     for read in reads:
         calls.setdefault(read.name, []).append(read)
-    return {
+    sites = {
         name: NormSite(
             name,
             own[0].kind,
@@ -144,12 +167,17 @@ def norm_sites(graph: Graph, reads: list[NormRead]) -> dict[str, NormSite]:
             own[0].shift,
             own[0].gain_parameter,
             own[0].shift_parameter,
-            tuple(use for read in own for use in find_uses(graph, read, reads)),
+            tuple(use for read in own for use in find_uses(graph, read, reads, readings)),
             len(own),
             own[0].groups,
         )
         for name, own in calls.items()
     }
+    products: dict[str, tuple[Product, ...]] = {}
+    for made, weight in graph.weights.items():
+        product = Product(frozenset(readings.get(made, ())), used_rows(graph, weight))
+        products[weight.parameter.name] = (*products.get(weight.parameter.name, ()), product)
+    return sites, products
 
 
 def reaches(graph: Graph, start: Value, end: Value) -> bool:
