@@ -11,6 +11,7 @@ from setpoint import fix
 from setpoint.errors import InputError
 from setpoint.models import Attention, Transformer, TransformerConfig
 from setpoint.nn.attention.kv_bias import KVBias
+from setpoint.optim import decay_groups
 from setpoint.running import evaluated
 from setpoint.surgery.inserts import WithKVBias
 
@@ -126,3 +127,13 @@ def test_a_closed_slot_does_not_go_into_torch_attention(make: Make) -> None:
     model, batch = make("encoder")
     with pytest.raises(InputError, match="MultiheadAttention"):
         fix(model, "kv-bias-slot", [batch])
+
+
+def test_weight_decay_leaves_a_slot_alone_wherever_it_was_put_in(make: Make) -> None:
+    model, batch = make("gpt2")
+    fixed = fix(model, "kv-bias", [batch], timed=False).model
+    decayed, kept = (group["names"] for group in decay_groups(fixed, 0.1))
+    slots = {name for name, _ in fixed.named_parameters() if ".kv_bias." in name}
+    assert slots
+    assert slots <= set(kept)
+    assert not slots & set(decayed)

@@ -23,7 +23,6 @@ from setpoint.models.plain import to_plain
 from setpoint.models.position import Position, Rotation, rotate
 from setpoint.nn.attention.kv_bias import KVBias
 from setpoint.nn.block import NormFactory, Placement
-from setpoint.optim.decay import no_weight_decay
 
 Initializer = Callable[..., None]
 """``init(weight, *, layer, depth, output)`` draws a matrix in place; see `setpoint.models.initialize`."""
@@ -151,8 +150,6 @@ class Attention(nn.Module):
         self.q_norm = qk_norm(self.head_dim) if qk_norm is not None else nn.Identity()
         self.k_norm = qk_norm(self.head_dim) if qk_norm is not None else nn.Identity()
         self.kv_bias = KVBias(self.num_kv_heads, self.head_dim) if kv_bias else None
-        if self.kv_bias is not None:
-            no_weight_decay(self.kv_bias, "key", "value")
 
     def forward(
         self,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from setpoint.errors import InputError
+from setpoint.optim.decay import no_weight_decay
 
 STD = 0.02
 """Spread from which key and value are drawn."""
@@ -55,6 +56,7 @@ class KVBias(nn.Module):
         self.num_kv_heads, self.head_dim, self.slot_logit = num_kv_heads, head_dim, slot_logit
         self.key = nn.Parameter(torch.empty(num_kv_heads, 1, head_dim, device=device, dtype=dtype))
         self.value = nn.Parameter(torch.empty(num_kv_heads, 1, head_dim, device=device, dtype=dtype))
+        no_weight_decay(self, "key", "value")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
