@@ -16,6 +16,7 @@ from setpoint.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import TaskID
+    from rich.text import Text
 
     from setpoint.proving import StoredProof
     from setpoint.report.proof import Proof
@@ -169,7 +170,7 @@ def _table(found: list[StoredProof]) -> None:
             first = i == 0
             table.add_row(
                 Text(proof.method, style="bold") if first else "",
-                proof.budget if first else "",
+                _size(proof) if first else "",
                 Text(judgement.verdict, style=STYLES[judgement.verdict]),
                 Text(figure),
                 Text(claim.text),
@@ -177,6 +178,13 @@ def _table(found: list[StoredProof]) -> None:
                 Text("stale" if entry.stale else "", style="yellow") if first else "",
             )
     _console().print(table)
+
+
+def _size(proof: Proof) -> Text:
+    """The budget, and the user's own data if it ran on some: its verdict is then about those."""
+    from rich.text import Text
+
+    return Text("\n".join(filter(None, [proof.budget, f"on {Path(proof.data).name}" if proof.data else ""])))
 
 
 def _console(*, stderr: bool = False) -> Console:

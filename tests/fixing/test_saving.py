@@ -48,6 +48,12 @@ def test_what_is_saved_loads_back_to_the_same_outputs(make: Make, tmp_path: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
 
 
+def test_every_file_of_the_folder_can_be_read_by_the_same_people(make: Make, tmp_path: Path) -> None:
+    model, batch = make("gpt2")
+    folder = fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
+    assert len({path.stat().st_mode for path in folder.iterdir()}) == 1
+
+
 def test_a_tied_head_is_tied_after_loading(make: Make, tmp_path: Path) -> None:
     model, batch = make("gpt2")
     folder = fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")

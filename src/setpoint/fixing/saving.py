@@ -124,7 +124,11 @@ def _write_weights(model: nn.Module, statement: dict[str, Any], staging: Path) -
         if tensor.numel() and pointer in storages:
             tensors[name] = tensor.clone()
         storages.add(pointer)
-    save_file(tensors, staging / WEIGHTS, metadata={"format": "pt"})
+    path = staging / WEIGHTS
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)  # what safetensors writes only its owner may read
 
 
 def _write_config(fixed: Fixed, statement: dict[str, Any], staging: Path) -> None:

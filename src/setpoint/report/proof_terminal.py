@@ -29,7 +29,8 @@ STYLES: Mapping[Verdict, str] = {
 
 def proof_lines(proof: Proof) -> Iterator[RenderableType]:
     """The parts of a proof, top to bottom."""
-    where = ", ".join(filter(None, [proof.machine.get("processor", ""), proof.date[:10]]))
+    own = f"on {proof.data}" if proof.data else ""
+    where = ", ".join(filter(None, [own, proof.machine.get("processor", ""), proof.date[:10]]))
     yield Text.assemble((proof.method, "bold"), (f"  {proof.budget} budget · {where}", "dim"))
     if proof.budget == "smoke":
         yield Text("A smoke run shows that the study runs from end to end; its figures say nothing.", style="yellow")
@@ -38,7 +39,7 @@ def proof_lines(proof: Proof) -> Iterator[RenderableType]:
         yield Text.assemble((study.question, "bold"), ("  " + _replicates(study), "dim"))
         yield _claims(study)
         yield _arms(study)
-        yield Padding(Text(f"tuned: {study.tuning or 'nothing'}", style="dim"), (0, 0, 0, 2))
+        yield Padding(Text(f"settings: {study.tuning or 'nothing to tune'}", style="dim"), (0, 0, 0, 2))
         for note in study.notes:
             yield Padding(Text(note, style="dim"), (0, 0, 0, 2))
     yield Text()
