@@ -16,13 +16,22 @@ from pathlib import PurePath
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import numpy as np
-
 from setpoint.errors import InputError
 from setpoint.types import Record
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
+
+
+class _Array:
+    """Stands for numpy's arrays in annotations."""
+
+
 _SPARSE = (Record,)  # mostly unset statistics: a field that holds None is left out
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is an array or a scalar of numpy, told without importing numpy."""
+    return hasattr(value, "dtype") and hasattr(value, "ndim")
 
 
 def encode(value: Any, *, arrays: bool = True) -> Any:
@@ -41,17 +50,17 @@ def encode(value: Any, *, arrays: bool = True) -> Any:
     """
     if value is None or isinstance(value, bool | str | int):
         return str(value) if isinstance(value, str) else value
-    if isinstance(value, float | np.floating):
+    if isinstance(value, float):
         number = float(value)
         return number if math.isfinite(number) else str(number)
-    if isinstance(value, np.integer | np.bool_):
-        return value.item()
-    if isinstance(value, np.ndarray):
+    if _is_array(value):
+        if value.ndim == 0:
+            return encode(value.item())
         return [encode(float(f"{x:.6g}")) for x in value.tolist()] if value.ndim == 1 else encode(list(value))
     if is_dataclass(value):
         items = {f.name: getattr(value, f.name) for f in fields(value)}
         if isinstance(value, _SPARSE):
-            items = {k: v for k, v in items.items() if v is not None and (arrays or not isinstance(v, np.ndarray))}
+            items = {k: v for k, v in items.items() if v is not None and (arrays or not _is_array(v))}
         return {name: encode(item, arrays=arrays) for name, item in items.items()}
     if isinstance(value, Mapping):
         return {str(key): encode(item, arrays=arrays) for key, item in value.items()}
@@ -92,7 +101,9 @@ def decode(kind: Any, value: Any, where: str = "report") -> Any:
         return value
     if is_dataclass(kind):
         return _decode_dataclass(kind, value, where)
-    if kind is np.ndarray:
+    if kind is _Array:
+        import numpy as np
+
         return np.array(decode(tuple[float, ...], value, where), dtype=np.float32)
     if origin is tuple:
         _expect(list, value, where)
@@ -148,8 +159,8 @@ def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
 
 @cache
 def _hints(kind: Any) -> dict[str, Any]:
-    # `FloatArray` is known to type checkers only, so that `setpoint.types` does not import numpy.
-    return get_type_hints(kind, localns={"FloatArray": np.ndarray})
+    # `FloatArray` is known to type checkers only, so that neither `setpoint.types` nor a stored proof needs numpy.
+    return get_type_hints(kind, localns={"FloatArray": _Array})
 
 
 def _expect(kind: type, value: Any, where: str) -> None:
