@@ -60,6 +60,8 @@ def test_a_criterion_gives_the_word_that_its_interval_allows(
 def test_what_a_control_passes_too_shows_nothing(criterion: NotWorse | Equal) -> None:
     assert criterion.judge(between(-0.05, 0.05), 0.1, between(-0.05, 0.05)) == "no effect"
     assert criterion.judge(between(-0.05, 0.05), 0.1, between(-0.5, -0.3)) == "holds"
+    assert criterion.judge(between(-0.5, -0.3), 0.1, between(-0.05, 0.05)) == "undecided"
+    assert criterion.judge(between(-0.5, -0.3), 0.1, between(-0.6, -0.5)) == "reversed"
 
 
 @pytest.mark.parametrize(
@@ -182,6 +184,9 @@ def test_a_control_that_passes_too_is_named() -> None:
     assert found.verdict == "no effect"
     assert "control arm nothing passes too" in found.reason
     assert found.control is not None
+    worse = judge(claim, runs([3.0, 3.1, 2.9], same, nothing=same), range(3))
+    assert worse.verdict == "undecided"
+    assert "control arm nothing passes" in worse.reason
 
 
 def test_a_shape_is_fitted_to_the_curve_of_every_replicate() -> None:

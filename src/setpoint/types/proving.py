@@ -77,8 +77,9 @@ class Better:
 class NotWorse:
     """The method is at most ``margin`` worse.
 
-    Holds when the whole interval is above −``margin``; reversed when all of it is below. A test in which anything
-    passes shows nothing: with a control arm that is bound to fail, the verdict is no effect when that passes too.
+    Holds when the whole interval is above −``margin``; reversed when all of it is below. A test that a control arm
+    passes which is bound to fail shows nothing, for the method or against it: no effect if the method passes as well,
+    undecided if it does not.
 
     >>> NotWorse(0.01).judge(Interval(0.0, -0.02, 0.02, -0.01, 0.01, 3), 0.01)
     'undecided'
@@ -97,11 +98,15 @@ class NotWorse:
 
     def judge(self, effect: Interval, bound: float, control: Interval | None = None) -> Verdict:
         """The verdict on an effect, given that of the control arm against the same baseline."""
+        if control is not None and self.passes(control, bound):
+            return "no effect" if self.passes(effect, bound) else "undecided"
         if effect.high < -bound:
             return "reversed"
-        if effect.low > -bound:
-            return "no effect" if control is not None and control.low > -bound else "holds"
-        return "undecided"
+        return "holds" if self.passes(effect, bound) else "undecided"
+
+    def passes(self, effect: Interval, bound: float) -> bool:
+        """Whether an effect is certain to be no worse than the margin."""
+        return effect.low > -bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,7 @@ class Equal:
     """Method and baseline differ by at most ``tolerance``.
 
     Holds when the whole interval lies within ±``tolerance``; reversed when all of it lies outside, on one side. With a
-    control arm that should differ: no effect when the control is equal too.
+    control arm that should differ and does not, no effect if the method is equal too, undecided if it is not.
 
     >>> Equal(1e-5).judge(Interval(2e-7, 1e-7, 3e-7, 1e-7, 3e-7, 3), 1e-5)
     'holds'
@@ -128,9 +133,15 @@ class Equal:
 
     def judge(self, effect: Interval, bound: float, control: Interval | None = None) -> Verdict:
         """The verdict on an effect, given that of the control arm against the same baseline."""
-        if effect.within(-bound, bound):
-            return "no effect" if control is not None and control.within(-bound, bound) else "holds"
+        if control is not None and self.passes(control, bound):
+            return "no effect" if self.passes(effect, bound) else "undecided"
+        if self.passes(effect, bound):
+            return "holds"
         return "reversed" if effect.low > bound or effect.high < -bound else "undecided"
+
+    def passes(self, effect: Interval, bound: float) -> bool:
+        """Whether an effect is certain to be within the tolerance."""
+        return effect.within(-bound, bound)
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,6 +57,7 @@ def judge(claim: Claim, runs: Runs, replicates: Sequence[int]) -> Judgement:
             return _judge_shape(claim, claim.criterion, runs, replicates, pairs)
         raw, notes = _effect(claim, claim.method, runs, replicates)
         effect, bound = _shown(claim, raw), _scaled(claim, claim.criterion.bound)
+        blind = False
         if isinstance(claim.criterion, Better):
             verdict = claim.criterion.judge(raw, bound)
         else:
@@ -64,8 +65,9 @@ def judge(claim: Claim, runs: Runs, replicates: Sequence[int]) -> Judgement:
             if claim.control is not None:
                 raw_control, more = _effect(claim, claim.control, runs, replicates)
                 control, notes = _shown(claim, raw_control), [*notes, *more]
+                blind = claim.criterion.passes(raw_control, bound)
             verdict = claim.criterion.judge(raw, bound, raw_control)
-        reason = "; ".join([_reason(claim, verdict, effect, control), *notes])
+        reason = "; ".join([_reason(claim, verdict, effect, control if blind else None), *notes])
     except _Undecided as why:
         return Judgement(claim, "undecided", str(why), effect, pairs, control)
     return Judgement(claim, verdict, reason, effect, pairs, control)
@@ -200,14 +202,21 @@ def _shown(claim: Claim, effect: Interval) -> Interval:
     )
 
 
-def _reason(claim: Claim, verdict: Verdict, effect: Interval, control: Interval | None) -> str:
+def _reason(claim: Claim, verdict: Verdict, effect: Interval, passing: Interval | None) -> str:
+    """Why, in one line; ``passing`` is the effect of a control arm that passes where it should fail."""
     from setpoint.report.proof_words import amount_of, span_of, zone_of
 
     interval_words = f"the interval {span_of(claim, effect)}"
     assert not isinstance(claim.criterion, Shape)
     bound, zone = amount_of(claim, claim.criterion.bound), zone_of(claim, claim.criterion.bound)
-    if verdict == "no effect" and control is not None:
-        return f"the control arm {claim.control} passes too ({span_of(claim, control)}): this setting can't tell"
+    if passing is not None:
+        return (
+            f"the control arm {claim.control} passes too ({span_of(claim, passing)}): this setting can't tell, "
+            f"whatever {interval_words} says"
+            if verdict == "no effect"
+            else f"the control arm {claim.control} passes ({span_of(claim, passing)}), so this setting can't tell, "
+            f"though {interval_words} is not above the bound"
+        )
     return f"{interval_words} {_PHRASES[type(claim.criterion).__name__, verdict].format(bound=bound, zone=zone)}"
 
 
