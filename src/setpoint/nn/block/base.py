@@ -55,6 +55,30 @@ class Placement(ABC):
         """
 
 
+@dataclass(frozen=True)
+class UniformPlacement(Placement):
+    """A placement whose residual units are alike in every block: `unit`, with the options that `unit_options` gives."""
+
+    unit: ClassVar[type[nn.Module]]
+
+    def residual(
+        self,
+        sublayer: nn.Module,
+        dim: int,
+        *,
+        norm: NormFactory,
+        layer: int,  # noqa: ARG002
+        depth: int,  # noqa: ARG002
+        dropout: float = 0.0,
+    ) -> nn.Module:
+        """The sub-layer in the placement's unit; arguments as for `Placement.residual`."""
+        return self.unit(sublayer, dim, norm_layer=norm, dropout=dropout, **self.unit_options())
+
+    def unit_options(self) -> dict[str, Any]:
+        """Further arguments of the unit."""
+        return {}
+
+
 def placement(name: str, **fields: Any) -> Placement:
     """A placement by its name.
 

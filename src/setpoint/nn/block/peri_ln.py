@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from setpoint.errors import InputError
-from setpoint.nn.block.base import NormFactory, Placement, run_branch
+from setpoint.nn.block.base import NormFactory, UniformPlacement, run_branch
 from setpoint.nn.norm.checks import NormalizedShape, expect_trailing, shape_of
 from setpoint.nn.norm.rmsnorm import RMSNorm
 
@@ -104,7 +104,7 @@ class OutputLN(PeriLN):
 
 
 @dataclass(frozen=True)
-class PeriNorm(Placement):
+class PeriNorm(UniformPlacement):
     """Norms on both sides of each sub-layer, on the embedding, and after the last block (Kim et al., 2025).
 
     Args:
@@ -118,27 +118,19 @@ class PeriNorm(Placement):
     """
 
     name: ClassVar[str] = "peri"
+    unit: ClassVar[type[nn.Module]] = PeriLN
     aliases: ClassVar[tuple[str, ...]] = ("sandwich",)
 
     embed_norm: bool = True
     out_gain_init: float = 1.0
 
-    def residual(
-        self,
-        sublayer: nn.Module,
-        dim: int,
-        *,
-        norm: NormFactory,
-        layer: int,  # noqa: ARG002
-        depth: int,  # noqa: ARG002
-        dropout: float = 0.0,
-    ) -> nn.Module:
-        """``x + N_out(F(N_in(x)))``, alike in every block."""
-        return PeriLN(sublayer, dim, norm_layer=norm, dropout=dropout, out_gain_init=self.out_gain_init)
+    def unit_options(self) -> dict[str, Any]:
+        """The start of the output norm's gain."""
+        return {"out_gain_init": self.out_gain_init}
 
 
 @dataclass(frozen=True)
-class OutputNorm(Placement):
+class OutputNorm(UniformPlacement):
     """Norm at the output of each sub-layer, before the addition, and after the last block (OLMo 2).
 
     Args:
@@ -151,21 +143,13 @@ class OutputNorm(Placement):
     """
 
     name: ClassVar[str] = "output"
+    unit: ClassVar[type[nn.Module]] = OutputLN
 
     out_gain_init: float = 1.0
 
-    def residual(
-        self,
-        sublayer: nn.Module,
-        dim: int,
-        *,
-        norm: NormFactory,
-        layer: int,  # noqa: ARG002
-        depth: int,  # noqa: ARG002
-        dropout: float = 0.0,
-    ) -> nn.Module:
-        """``x + N_out(F(x))``, alike in every block."""
-        return OutputLN(sublayer, dim, norm_layer=norm, dropout=dropout, out_gain_init=self.out_gain_init)
+    def unit_options(self) -> dict[str, Any]:
+        """The start of the output norm's gain."""
+        return {"out_gain_init": self.out_gain_init}
 
 
 def _with_gain(norm: nn.Module, value: float) -> nn.Module:

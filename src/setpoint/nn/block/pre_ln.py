@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from setpoint.nn.block.base import NormFactory, Placement, run_branch
+from setpoint.nn.block.base import NormFactory, UniformPlacement, run_branch
 from setpoint.nn.norm.checks import NormalizedShape, expect_trailing, shape_of
 from setpoint.nn.norm.layernorm import LayerNorm
 
@@ -116,7 +116,7 @@ class PostLN(nn.Module):
 
 
 @dataclass(frozen=True)
-class PreNorm(Placement):
+class PreNorm(UniformPlacement):
     """Norm at the input of each sub-layer, one after the last block (Xiong et al., 2020).
 
     Args:
@@ -129,23 +129,11 @@ class PreNorm(Placement):
     """
 
     name: ClassVar[str] = "pre"
-
-    def residual(
-        self,
-        sublayer: nn.Module,
-        dim: int,
-        *,
-        norm: NormFactory,
-        layer: int,  # noqa: ARG002
-        depth: int,  # noqa: ARG002
-        dropout: float = 0.0,
-    ) -> nn.Module:
-        """``x + F(N(x))``, alike in every block."""
-        return PreLN(sublayer, dim, norm_layer=norm, dropout=dropout)
+    unit: ClassVar[type[nn.Module]] = PreLN
 
 
 @dataclass(frozen=True)
-class PostNorm(Placement):
+class PostNorm(UniformPlacement):
     """Norm behind each residual addition, and none after the last block (Vaswani et al., 2017).
 
     Args:
@@ -157,17 +145,5 @@ class PostNorm(Placement):
     """
 
     name: ClassVar[str] = "post"
+    unit: ClassVar[type[nn.Module]] = PostLN
     final_norm: ClassVar[bool] = False
-
-    def residual(
-        self,
-        sublayer: nn.Module,
-        dim: int,
-        *,
-        norm: NormFactory,
-        layer: int,  # noqa: ARG002
-        depth: int,  # noqa: ARG002
-        dropout: float = 0.0,
-    ) -> nn.Module:
-        """``N(x + F(x))``, alike in every block."""
-        return PostLN(sublayer, dim, norm_layer=norm, dropout=dropout)
