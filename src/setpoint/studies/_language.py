@@ -30,6 +30,8 @@ SOURCE = "python-stdlib"
 MEASURED: dict[SiteRole, frozenset[Stat]] = {role: frozenset({Stat.MOMENTS}) for role in ("embedding", "residual")}
 STUCK = 0.02
 """A model that is not this much better, in nats, than the frequencies of single bytes has not learned."""
+DIVERGED = 5.545
+"""What a run that diverged counts as: the loss, in nats, of a guess among 256 bytes that are equally likely."""
 SPIKE = 0.5
 """A step whose loss is this much above the median of the steps before it is a spike, in nats."""
 
@@ -221,6 +223,7 @@ def largest_rate(
 
 
 __all__ = [
+    "DIVERGED",
     "SMOKE",
     "Learned",
     "conditions",

@@ -131,6 +131,15 @@ SIZES = {
     "laptop": Budget(seeds=8, minutes=5, options={"steps": 3000, "every": 10}),
     "full": Budget(seeds=30, minutes=15, options={"steps": 3000, "every": 10}),
 }
+FEWER_STEPS = Claim(
+    "Each at its best learning rate, the normalized network needs fewer steps to 95 % accuracy.",
+    Better(0.5),
+    "steps_to_95",
+    "batchnorm",
+    "plain",
+    scale="ratio",
+    diverged=3000,
+)
 TUNING = Tuning({"lr": RATES}, metric="mean_error", seeds=2)
 
 
@@ -138,15 +147,7 @@ TUNING = Tuning({"lr": RATES}, metric="mean_error", seeds=2)
     "Does batch normalization let a network of sigmoids learn faster?",
     arms=arms(nn.Sigmoid, "sigmoids"),
     claims=(
-        Claim(
-            "Each at its best learning rate, the normalized network needs fewer steps to 95 % accuracy.",
-            Better(0.5),
-            "steps_to_95",
-            "batchnorm",
-            "plain",
-            scale="ratio",
-            diverged=3000,
-        ),
+        FEWER_STEPS,
         Claim(
             "It ends at least as accurate.",
             NotWorse(0.005),
@@ -170,17 +171,7 @@ def sigmoid_digits(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budg
 @study(
     "Is anything left of it with ReLU and an initialization made for it?",
     arms=arms(nn.ReLU, "ReLU"),
-    claims=(
-        Claim(
-            "Each at its best learning rate, the normalized network needs fewer steps to 95 % accuracy.",
-            Better(0.5),
-            "steps_to_95",
-            "batchnorm",
-            "plain",
-            scale="ratio",
-            diverged=3000,
-        ),
-    ),
+    claims=(FEWER_STEPS,),
     tuning=TUNING,
     budgets=SIZES,
     data=("digits",),

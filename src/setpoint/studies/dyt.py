@@ -42,7 +42,7 @@ def nothing(dim: int) -> nn.Module:  # noqa: ARG001  a norm factory
             "rmsnorm",
             scale="ratio",
             control="none",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
         Claim(
             "Each at its best setting, DyT ends within 1 % of the held-out loss of LayerNorm.",
@@ -52,7 +52,7 @@ def nothing(dim: int) -> nn.Module:  # noqa: ARG001  a norm factory
             "layernorm",
             scale="ratio",
             control="none",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
     ),
     tuning=Tuning({"lr": (1e-3, 2e-3, 4e-3, 8e-3), "embedding_scale": (1.0, 8.0, 40.0)}, metric="loss"),

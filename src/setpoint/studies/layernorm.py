@@ -57,7 +57,7 @@ LSTM = {"dim": 128, "context": 40, "batch": 32, "held_out": 512}
             "ln-lstm",
             "lstm",
             scale="ratio",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
         Claim(
             "Each at its best learning rate, the held-out loss at the end is lower by 1 % or more.",
@@ -66,7 +66,7 @@ LSTM = {"dim": 128, "context": 40, "batch": 32, "held_out": 512}
             "ln-lstm",
             "lstm",
             scale="ratio",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
     ),
     tuning=Tuning({"lr": (1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 4e-2)}, metric="loss", seeds=2),

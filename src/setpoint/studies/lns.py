@@ -43,7 +43,7 @@ from setpoint.types import Series
             "lns",
             "pre-ln",
             scale="ratio",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
         Claim(
             "The stream's variance grows less from the first to the last block, by a factor of 2 or more.",

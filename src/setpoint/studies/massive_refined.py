@@ -236,7 +236,7 @@ def activations(model: nn.Module, budget: Budget, ctx: Context) -> tuple[dict[st
             "tvr",
             "plain",
             scale="ratio",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
         Claim(
             "With the slot less attention goes to the first token, by 0.02 or more.",
@@ -252,7 +252,7 @@ def activations(model: nn.Module, budget: Budget, ctx: Context) -> tuple[dict[st
             "kv-bias",
             "plain",
             scale="ratio",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
     ),
     tuning=Tuning({"lr": (2e-3, 4e-3, 8e-3)}, metric="loss"),

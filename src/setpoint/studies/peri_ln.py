@@ -51,7 +51,7 @@ def profile(name: str, variances: list[float]) -> Series:
             "peri-ln",
             "pre-ln",
             scale="ratio",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
         Claim(
             "It ends lower by 1 % or more than Pre-LN that has a norm on the embedding too.",
@@ -60,7 +60,7 @@ def profile(name: str, variances: list[float]) -> Series:
             "peri-ln",
             "pre-ln-embed",
             scale="ratio",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
     ),
     tuning=Tuning({"lr": (2e-3, 4e-3, 8e-3, 1.6e-2), "embedding_std": (0.02, 0.63)}, metric="loss"),
@@ -108,7 +108,7 @@ def best_loss(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budget, c
             "peri-ln",
             "pre-ln-embed",
             scale="ratio",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
     ),
     budgets={

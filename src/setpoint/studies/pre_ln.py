@@ -91,7 +91,7 @@ def without_warmup(arm: Arm, _: Mapping[str, Any], seed: int, budget: Budget, ct
             "post-ln-warmup",
             scale="ratio",
             control="post-ln",
-            diverged=5.545,
+            diverged=language.DIVERGED,
         ),
     ),
     tuning=Tuning({"lr": (5e-4, 1e-3, 2e-3, 4e-3), "embedding_std": (0.02, 0.2, 0.63)}, metric="loss"),
