@@ -23,17 +23,13 @@ from setpoint.probe import registry
 from setpoint.probe.base import Subject
 from setpoint.probe.recorder import record
 from setpoint.probe.remedies import fitting
+from setpoint.progress import Progress, unseen
 from setpoint.report import ModelInfo, Report
 from setpoint.running import tensors_of, untouched
 from setpoint.surgery import Anatomy
 from setpoint.types import Loaded
 
 Loss = Callable[[Any, Any], Tensor]
-Progress = Callable[[int, int, str], None]
-
-
-def _silent(done: int, total: int, text: str) -> None:
-    """Show nothing."""
 
 
 def check(
@@ -49,7 +45,7 @@ def check(
     forward: Callable[[nn.Module, Any], Any] | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
-    progress: Progress = _silent,
+    progress: Progress = unseen,
 ) -> Report:
     """Measure the signals inside a network on real inputs and say what is wrong with them.
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.errors import InputError
+from setpoint.running import map_tensors
 
 
 def device_named(name: str | torch.device) -> torch.device:
@@ -74,16 +75,11 @@ def follow(batch: Any, model: nn.Module) -> Any:
     >>> follow({"x": torch.zeros(2), "ids": torch.zeros(2, dtype=torch.long)}, nn.Linear(2, 2).bfloat16())["x"].dtype
     torch.bfloat16
     """
-    if isinstance(batch, Tensor):
-        parameters = list(model.parameters())
-        if not parameters:
-            return batch
-        types = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
-        cast = types.pop() if len(types) == 1 and batch.is_floating_point() else batch.dtype
-        return batch.to(parameters[0].device, cast)
-    if isinstance(batch, Mapping):
-        return {name: follow(value, model) for name, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        moved = [follow(value, model) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
+    parameters = list(model.parameters())
+    types = {parameter.dtype for parameter in parameters if parameter.is_floating_point()}
+    floating = types.pop() if len(types) == 1 else None
+
+    def place(tensor: Tensor) -> Tensor:
+        return tensor.to(parameters[0].device, floating if floating and tensor.is_floating_point() else tensor.dtype)
+
+    return map_tensors(place, batch) if parameters else batch

@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from setpoint.errors import InputError
+
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -48,19 +50,55 @@ def tensors_of(*trees: Any) -> list[Tensor]:
     return found
 
 
+def map_tensors(change: Callable[[Tensor], Tensor], batch: Any) -> Any:
+    """A batch, nested as it may be, with every tensor changed; named tuples stay what they are.
+
+    >>> map_tensors(torch.neg, {"a": (torch.tensor(1), "text")})
+    {'a': (tensor(-1), 'text')}
+    """
+    if isinstance(batch, Tensor):
+        return change(batch)
+    if isinstance(batch, Mapping):
+        return {name: map_tensors(change, value) for name, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        parts = [map_tensors(change, value) for value in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+    return batch
+
+
+def scalar_loss(loss: Any) -> Tensor:
+    """What ``loss(output, batch)`` returned, as a tensor without axes.
+
+    Raises:
+        InputError: It is no scalar tensor, or there is nothing to differentiate.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise InputError(f"loss(output, batch) must return a scalar tensor, got {found}. Average it over the batch.")
+    if not loss.requires_grad:
+        raise InputError("The loss does not depend on any parameter that requires a gradient.")
+    return loss.reshape(())
+
+
 @contextmanager
-def _modes(model: nn.Module) -> Iterator[None]:
-    """Eval mode by the flags alone: an overridden ``train`` may do more than set them."""
+def kept_modes(model: nn.Module) -> Iterator[None]:
+    """Train and eval mode of every module are afterwards as they were, by the flags alone: ``train`` may do more."""
     flags = [(module, module.training) for module in model.modules()]
     try:
-        for module, training in flags:
-            if training:
-                module.training = False
         yield
     finally:
         for module, training in flags:
             if module.training != training:
                 module.training = training
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    with kept_modes(model):
+        for module in model.modules():
+            if module.training:
+                module.training = False
+        yield
 
 
 @contextmanager
@@ -119,7 +157,7 @@ def plain_execution() -> Iterator[None]:
 @contextmanager
 def untouched(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, plain execution; afterwards modes, buffers and random states are as they were."""
-    with _modes(model), _buffers(model), _random_state(), plain_execution(), torch.no_grad():
+    with _eval_mode(model), _buffers(model), _random_state(), plain_execution(), torch.no_grad():
         yield
 
 
@@ -131,7 +169,7 @@ def evaluated(model: nn.Module, *, grad: bool = False) -> Iterator[None]:
         model: The module.
         grad: Record gradients, which some fused paths ask before they run.
     """
-    with _modes(model), _buffers(model), _random_state(), torch.set_grad_enabled(grad):
+    with _eval_mode(model), _buffers(model), _random_state(), torch.set_grad_enabled(grad):
         torch.manual_seed(0)
         yield
 

@@ -151,6 +151,16 @@ def test_a_batch_that_does_not_fit_is_a_clear_error(make: Make) -> None:
         fix(model, "pre-rmsnorm", [torch.randn(2, 5, 7)])
 
 
+def test_a_fault_of_our_own_is_not_blamed_on_the_model(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise IndexError("a mistake in the anatomy")
+
+    model, batch = make("gpt2")
+    monkeypatch.setattr("setpoint.surgery.Anatomy.trace", broken)
+    with pytest.raises(IndexError, match=r"^a mistake in the anatomy$"):
+        fix(model, "pre-rmsnorm", [batch])
+
+
 def test_no_batches_is_a_clear_error(make: Make) -> None:
     model, _ = make("encoder")
     with pytest.raises(InputError, match="batches is empty"):

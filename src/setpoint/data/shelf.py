@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,6 +13,7 @@ from typing import Literal
 from setpoint.data.cache import cache_folder, publish
 from setpoint.data.origins import Debian, Download, Origin, Package, StandardLibrary
 from setpoint.errors import InputError, nearest
+from setpoint.progress import Progress
 
 Kind = Literal["text", "images"]
 
@@ -169,7 +169,7 @@ def locate(name: str) -> tuple[Path, Origin]:
     return found
 
 
-def get(name: str, progress: Callable[[int, int, str], None] | None = None) -> Path:
+def get(name: str, progress: Progress | None = None) -> Path:
     """Fetch a named data set into the cache, from the first of its origins that gives it.
 
     Args:

@@ -18,18 +18,16 @@ from setpoint.fixing.measure import change_between
 from setpoint.fixing.result import Fixed
 from setpoint.fixing.spec import chosen
 from setpoint.loading import batches_for, load, loss_for
+from setpoint.placing import as_batches
+from setpoint.progress import Progress, unseen
+from setpoint.running import untouched
 from setpoint.surgery import Anatomy
 from setpoint.surgery.comparing import double
 from setpoint.surgery.copying import editable, in_float64, share, whole
 from setpoint.surgery.editing import Undo, commit, rollback
 from setpoint.types import STAGES, Edit, FixContext, Loaded
 
-Progress = Callable[[int, int, str], None]
 Retrain = Callable[[nn.Module], None]
-
-
-def _silent(done: int, total: int, text: str) -> None:
-    """Show nothing."""
 
 
 def fix(
@@ -46,7 +44,7 @@ def fix(
     seed: int = 0,
     timed: bool = True,
     resume: Path | None = None,
-    progress: Progress = _silent,
+    progress: Progress = unseen,
 ) -> Fixed:
     """Change a model by published methods and measure what that did.
 
@@ -100,9 +98,7 @@ def fix(
             "untrained_ok=True)"
         )
     inner = editable(loaded.model)
-    inputs = list(batches) if batches is not None else batches_for(loaded, data)
-    if not inputs:
-        raise InputError("There is nothing to run: batches is empty. Give at least one batch.")
+    inputs = as_batches(batches if batches is not None else batches_for(loaded, data))
 
     copied = whole if trains else share  # what is trained must not drag the original along
     reference = copied(inner) if inplace else inner
@@ -176,8 +172,14 @@ def _runs(otherwise: str) -> Iterator[None]:
 
 
 def _trace(model: nn.Module, batch: Any, loaded: Loaded) -> Anatomy:
-    with _runs(f"{loaded.source} could not be run on the first batch"):
+    try:
         return Anatomy.trace(model, batch, forward=loaded.forward)
+    except InputError:
+        raise
+    except Exception:  # the model's own, if it fails unwatched as well
+        with _runs(f"{loaded.source} could not be run on the first batch"), untouched(model):
+            loaded.forward(model, batch)
+        raise
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from setpoint.data.batches import next_token_loss as target_loss
 from setpoint.data.pictures import folder_paths, picture_paths, read_images
 from setpoint.data.windows import default_text, read_text, token_windows
 from setpoint.errors import InputError
@@ -101,7 +101,7 @@ def next_token_loss(output: Any, batch: Any) -> Tensor:
     """
     logits: Tensor = output if isinstance(output, Tensor) else output.logits
     ids: Tensor = batch if isinstance(batch, Tensor) else batch.get("decoder_input_ids", batch.get("input_ids"))
-    return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, 1:].flatten().to(logits.device))
+    return target_loss(logits[:, :-1], {"targets": ids[:, 1:].to(logits.device)})
 
 
 def _text_batches(loaded: Loaded, data: str | Path | None, tokens: int, count: int, seed: int) -> list[Any]:

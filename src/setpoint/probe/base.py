@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from math import isfinite, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from setpoint.progress import Progress
 from setpoint.types import Chart, Finding, Record, Series, Severity, Site, SiteRole, Stat, Trace
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ class Subject:
     batches: Sequence[Any]
     forward: Callable[[nn.Module, Any], Any]
     loss: Callable[[Any, Any], Tensor] | None = None
-    progress: Callable[[int, int, str], None] | None = None
+    progress: Progress | None = None
     failed: dict[str, str] = field(default_factory=dict)
 
 

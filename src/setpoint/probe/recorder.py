@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from setpoint.errors import InputError
 from setpoint.probe.recorder_gradient import gather
 from setpoint.probe.recorder_hooks import Groups, Recorder, Wanted
-from setpoint.running import run_batch, untouched, unwrap
+from setpoint.progress import Progress
+from setpoint.running import run_batch, scalar_loss, untouched, unwrap
 from setpoint.types import Site, SiteRole, Stat, Task, Trace
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def record(
     loss: Callable[[Any, Any], Tensor] | None = None,
     groups: Groups | None = None,
     task: Task = "other",
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
     exact: bool = False,
     top_k: int = 8,
 ) -> Trace:
@@ -107,7 +108,7 @@ def record(
             with torch.set_grad_enabled(loss is not None):
                 output = forward(inner, batch)
                 if loss is not None:
-                    value = _scalar(loss(output, batch))
+                    value = scalar_loss(loss(output, batch))
                     value.backward()  # type: ignore[no-untyped-call]
                     losses.append((float(value.detach()), recorder.tokens - before))
             del output
@@ -149,15 +150,6 @@ def fresh_gradients(model: nn.Module) -> Iterator[None]:
 def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield first
     yield from rest
-
-
-def _scalar(loss: Any) -> Tensor:
-    if not isinstance(loss, Tensor) or loss.numel() != 1:
-        found = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-        raise InputError(f"loss(output, batch) must return a scalar tensor, got {found}. Average it over the batch.")
-    if not loss.requires_grad:
-        raise InputError("The loss does not depend on any parameter that requires a gradient.")
-    return loss.reshape(())
 
 
 def _mean(losses: Sequence[tuple[float, int]]) -> float | None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from setpoint.errors import InputError
+from setpoint.progress import Progress, unseen
 from setpoint.types.proving import Claim, Outcome, Shape
 
 BudgetName = Literal["smoke", "laptop", "full"]
@@ -102,10 +103,6 @@ class Tuning:
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def _unseen(done: int, total: int, text: str) -> None:
-    """Progress that nobody watches."""
-
-
 @dataclass(frozen=True, slots=True)
 class Context:
     """What a run is given besides its arm.
@@ -123,7 +120,7 @@ class Context:
     device: str = "cpu"
     data: Path | None = None
     folder: Path | None = None
-    progress: Callable[[int, int, str], None] = _unseen
+    progress: Progress = unseen
 
 
 class Run(Protocol):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from setpoint.running import Forward, evaluated, tensors_of
+from setpoint.running import Forward, evaluated, map_tensors, tensors_of
 
 
 class _Lifted(TorchFunctionMode):
@@ -46,13 +46,7 @@ def lifted() -> Iterator[None]:
 
 def double(batch: Any) -> Any:
     """A batch with its floating-point tensors in float64."""
-    if isinstance(batch, Tensor):
-        return batch.double() if batch.is_floating_point() else batch
-    if isinstance(batch, Mapping):
-        return {name: double(value) for name, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(double(value) for value in batch)
-    return batch
+    return map_tensors(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor, batch)
 
 
 def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:

@@ -263,7 +263,7 @@ def _shares_the_rest(subject: _Subject) -> None:
         if subject.fix.preserves != "retrain" and not touched:
             subject.demand(new[name] is old[name], f"{name} was copied though no edit names it: it must be shared")
     for name, first in ties(model).items():
-        if name in new and first in new and not any(_below(place, p) for p in edited for place in (name,)):
+        if name in new and first in new and not any(_below(name, path) for path in edited):
             subject.demand(new[name] is new[first], f"{name} and {first} were one tensor and are two: keep ties")
 
 

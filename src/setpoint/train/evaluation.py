@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from setpoint.data.batches import Batches, run_inputs
 from setpoint.errors import InputError
+from setpoint.running import kept_modes, map_tensors
 from setpoint.train.history import first_tensor
 
 Metric = Callable[[Any, Any], Tensor]
@@ -55,30 +55,13 @@ class Evaluation:
         return {name: total / weight for name, total in totals.items()}
 
 
-@contextmanager
-def kept_modes(model: nn.Module) -> Iterator[None]:
-    """Train and eval mode of every module are afterwards as they were."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
 def move(batch: Any, device: torch.device) -> Any:
     """A batch on a device.
 
     >>> move({"a": (torch.zeros(1), "text")}, torch.device("cpu"))
     {'a': (tensor([0.]), 'text')}
     """
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, Mapping):
-        return {name: move(value, device) for name, value in batch.items()}
-    if isinstance(batch, tuple | list):
-        return type(batch)(move(value, device) for value in batch)
-    return batch
+    return map_tensors(lambda tensor: tensor.to(device, non_blocking=True), batch)
 
 
 def _counted(batch: Any) -> int:

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 
 from setpoint.data.batches import Batches, run_inputs
 from setpoint.errors import InputError
-from setpoint.running import unwrap
+from setpoint.progress import Progress
+from setpoint.running import kept_modes, scalar_loss, unwrap
 from setpoint.train.checkpoints import Checkpoint, Shelf
-from setpoint.train.evaluation import evaluation_for, kept_modes, move
+from setpoint.train.evaluation import evaluation_for, move
 from setpoint.train.failure import failure
 from setpoint.train.feed import Feed
 from setpoint.train.history import History, Run, items_in, tell
-from setpoint.train.progress import Progress, shown
+from setpoint.train.progress import shown
 from setpoint.train.random import kept, put_seed
 from setpoint.train.recipes import AdamW, Constant, Cosine, Recipe, Schedule
 
@@ -246,7 +247,7 @@ class _Loop:
         for place, batch in enumerate(state.batches):
             more = place < self.accumulate - 1
             with fabric.no_backward_sync(self.wrapped) if more and fabric.world_size > 1 else nullcontext():
-                value = _scalar(self.loss(self.forward(self.wrapped, batch), batch))
+                value = scalar_loss(self.loss(self.forward(self.wrapped, batch), batch))
                 fabric.backward(value / self.accumulate if self.accumulate > 1 else value)
             total += value.detach() / self.accumulate if self.accumulate > 1 else value.detach()
         if fabric.world_size > 1:
@@ -319,15 +320,6 @@ def _check(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise InputError(f"expected {name} of at least 1, got {count}")
-
-
-def _scalar(value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"loss(output, batch) must return a scalar tensor, got {found}. Average it over the batch.")
-    if not value.requires_grad:
-        raise InputError("The loss does not depend on any parameter that requires a gradient.")
-    return value.reshape(())
 
 
 def _refuse_strangers(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:

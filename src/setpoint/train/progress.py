@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from setpoint.progress import Progress
 from setpoint.train.history import Run, holds_tokens
-
-Progress = Callable[[int, int, str], None]
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from setpoint.progress import Progress
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -92,7 +94,7 @@ class FixContext:
     batches: Sequence[Any]
     forward: Callable[[nn.Module, Any], Any]
     generator: torch.Generator
-    progress: Callable[[int, int, str], None]
+    progress: Progress
     resume: Path | None = None
 
 

@@ -30,6 +30,7 @@ from setpoint.errors import InputError
 from setpoint.probe.activity import ActivationSparsity
 from setpoint.probe.base import Intervention, Subject, profile
 from setpoint.probe.interventions.hooks import caught, module_at
+from setpoint.progress import Progress
 from setpoint.running import run_batch
 from setpoint.types import Finding, Tap, Trace
 from setpoint.words import percent, rounded
@@ -272,7 +273,7 @@ def ppl_sparsity(
     forward: Forward | None = None,
     loss: Loss | None = None,
     num: int = 65536,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> SparsityReport:
     """PPL-p % sparsity of a language model. The model is untouched afterwards.
 

@@ -14,19 +14,19 @@ import shutil
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from setpoint.errors import InputError
+from setpoint.progress import Progress
 from setpoint.studies.declare import Arm, Budget, Context, Study
 from setpoint.studies.engine.store import RunKey, Status
 from setpoint.studies.registry import find_studies
 from setpoint.types.proving import Outcome
 
-Report = Callable[[int, int, str], None]
 EVERY = 0.1
 """Seconds between two reports of progress."""
 
@@ -67,7 +67,7 @@ class Finished:
     error: str = ""
 
 
-def execute(task: Task, report: Report) -> Finished:
+def execute(task: Task, report: Progress) -> Finished:
     """Do one run in this process.
 
     Args:
@@ -95,7 +95,7 @@ def execute(task: Task, report: Report) -> Finished:
     return finished
 
 
-def _seldom(report: Report) -> Report:
+def _seldom(report: Progress) -> Progress:
     """Progress at most every so often: a run may tell each of a million steps, and each telling crosses a pipe."""
     last = -math.inf
 

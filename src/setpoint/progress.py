@@ -1,0 +1,11 @@
+"""How long work tells how far it is: ``progress(done, total, text)``, with a total of 0 where it is not known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+Progress = Callable[[int, int, str], None]
+
+
+def unseen(done: int, total: int, text: str) -> None:
+    """Progress that nobody watches."""
