@@ -36,6 +36,12 @@ def test_notebook_runs_and_finds_its_planted_fault() -> None:
     assert "dead-units" in {f.code for f in report.findings}  # type: ignore[attr-defined]
 
 
+def test_notebook_can_be_read_without_running_it() -> None:
+    notebook = json.loads((DOCS / "check.ipynb").read_text(encoding="utf-8"))
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] for cell in cells[1:])
+
+
 def test_factory_of_ones_own_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text(own_model_blocks()[1], encoding="utf-8")

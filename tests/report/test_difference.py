@@ -31,6 +31,12 @@ def test_a_report_does_not_differ_from_itself(report: Report) -> None:
     assert "Nothing changed" in printed(change)
 
 
+def test_a_notebook_shows_the_tables(report: Report) -> None:
+    bundle = diff(report, replace(report, findings=()))._repr_mimebundle_([], [])
+    assert "gone" in bundle["text/html"]
+    assert "massive-activation" in bundle["text/html"]
+
+
 def test_saving_and_reading_changes_nothing(report: Report) -> None:
     assert diff(report, Report.from_json(report.to_json(channels=False))).empty
 

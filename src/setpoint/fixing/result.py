@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.jupyter import JupyterMixin
+
 from setpoint.fixing.base import Fix
 from setpoint.fixing.spec import to_text
 from setpoint.types import Change, Edit, Loaded
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Fixed:
+class Fixed(JupyterMixin):
     """A changed model and a measured statement of what the change did.
 
     Args:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.jupyter import JupyterMixin
 from rich.table import Table
 from rich.text import Text
 
@@ -68,7 +69,7 @@ class StatisticChange:
 
 
 @dataclass(frozen=True, slots=True)
-class ReportDiff:
+class ReportDiff(JupyterMixin):
     """What changed from report ``a`` to report ``b``.
 
     Args:

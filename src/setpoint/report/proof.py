@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.jupyter import JupyterMixin
+
 from setpoint.errors import InputError
 from setpoint.report.codec import decode, encode
 from setpoint.report.files import write_text
@@ -27,7 +29,7 @@ SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Proof:
+class Proof(JupyterMixin):
     """What `setpoint.prove` found.
 
     Args:
