@@ -85,6 +85,19 @@ def test_clipping_bounds_the_norm_of_the_gradient(course: ModuleType) -> None:
     assert all(after == pytest.approx(0.01, rel=1e-3) for _, after in norms)
 
 
+def test_without_clipping_the_norm_of_the_gradient_is_told_and_the_gradient_kept(course: ModuleType) -> None:
+    norms: list[tuple[float | None, float]] = []
+
+    class Look:
+        def on_step(self, run: Run) -> None:
+            norms.append(
+                (run.gradient_norm, torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item())
+            )
+
+    course.run(course.net(), 3, callbacks=[Look()])
+    assert all(told == pytest.approx(there) for told, there in norms)
+
+
 def test_callbacks_are_called_in_order(course: ModuleType) -> None:
     calls: list[str] = []
 
@@ -242,13 +255,14 @@ def test_weights_that_are_already_spoiled_are_named(course: ModuleType) -> None:
         course.run(model, 3)
 
 
-def test_a_non_finite_gradient_stops_before_the_update(course: ModuleType) -> None:
+@pytest.mark.parametrize("clip", [None, 1.0])
+def test_a_non_finite_gradient_stops_before_the_update(course: ModuleType, clip: float | None) -> None:
     def loss(output: torch.Tensor, batch: Any) -> torch.Tensor:
         return next_token_loss(output, batch) + (output * 0).abs().sqrt().sum()  # finite, with an infinite slope
 
     model, twin = course.net(), course.net()
     with pytest.raises(NonFiniteLoss, match="norm of the gradient is nan"):
-        train(model, course.batches(), loss, steps=2, clip=1.0, accelerator="cpu", progress=False)
+        train(model, course.batches(), loss, steps=2, clip=clip, accelerator="cpu", progress=False)
     assert same(model, twin)
 
 

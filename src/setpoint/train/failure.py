@@ -55,7 +55,7 @@ def failure(
         batches: The batches of the step.
         loss, forward: As given to `setpoint.train.train`.
         value: The loss.
-        norm: Norm of the gradient, None if it was not taken.
+        norm: Norm of the gradient, None if the loss failed first.
         step: Number of the step, from 1.
         rate: Its learning rate.
         history: The course up to there.

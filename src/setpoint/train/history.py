@@ -53,7 +53,8 @@ class Run:
         step: Steps done.
         loss: Loss of the last step.
         batches: The batches of the step, in order of accumulation.
-        gradient_norm: Norm of the gradient before clipping, None without clipping.
+        gradient_norm: Norm of the gradient before clipping; None before the first step. (Without clipping in
+            ``"16-mixed"`` it is the norm of the scaled gradient.)
         is_main: Whether this process is the one that writes and prints.
         stop: Set it to True and the run ends after this step.
     """

@@ -102,7 +102,8 @@ def train(
 
     Raises:
         InputError: Settings, data or a checkpoint that can't be used.
-        NonFiniteLoss: The loss became infinite or not a number; the error carries a report on the moment before.
+        NonFiniteLoss: The loss or its gradient became infinite or not a number; no update was made of it, and the error
+            carries a report on the moment before.
 
     Example:
         >>> from setpoint import data
@@ -256,12 +257,10 @@ class _Loop:
         if not math.isfinite(state.loss):
             self._fail(rate)
         tell(self.callbacks, "on_backward", state)
-        if self.clip is not None:
-            norm = fabric.clip_gradients(self.wrapped, self.optimizer, max_norm=self.clip, error_if_nonfinite=False)
-            state.gradient_norm = float(getattr(norm, "full_tensor", lambda: norm)())
-            # A scaler of float16 gradients meets infinite ones now and then, and skips the update.
-            if not math.isfinite(state.gradient_norm) and not self._scales():
-                self._fail(rate)
+        state.gradient_norm = self._gradient_norm()
+        # A scaler of float16 gradients meets infinite ones now and then, and skips the update.
+        if not math.isfinite(state.gradient_norm) and not self._scales():
+            self._fail(rate)
         self.optimizer.step()
         state.step += 1
         history = state.history
@@ -279,6 +278,17 @@ class _Loop:
             else:
                 group["lr"] = rate * factor
         return self.rates[0] * factor
+
+    def _gradient_norm(self) -> float:
+        """The norm over all parameters, of what is then clipped if that is wanted."""
+        if self.clip is not None:
+            norm = self.fabric.clip_gradients(
+                self.wrapped, self.optimizer, max_norm=self.clip, error_if_nonfinite=False
+            )
+        else:
+            parameters = (p for group in self.state.optimizer.param_groups for p in group["params"])
+            norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return float(getattr(norm, "full_tensor", lambda: norm)())  # of gradients that are sharded over processes
 
     def _evaluate(self, evaluate: Callable[[nn.Module], Any]) -> None:
         state = self.state
