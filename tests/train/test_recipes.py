@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from setpoint.errors import InputError
+from setpoint.nn import DyT, LayerNormScaling, RMSNorm
 from setpoint.optim import decay_groups, is_decayed, no_weight_decay
 from setpoint.train import SGD, WSD, AdamW, Constant, Cosine
 
@@ -34,6 +35,21 @@ def test_norms_biases_and_scalars_are_not_decayed() -> None:
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert groups[0]["names"] == ["table", "embed.weight", "conv.weight"]
     assert set(groups[1]["names"]) == {"scale", "conv.bias", "norm.weight", "norm.bias", "batch.weight", "batch.bias"}
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        RMSNorm((3, 4), bias=True),
+        DyT((3, 4)),
+        LayerNormScaling(RMSNorm((3, 4)), 2),
+        LayerNormScaling(nn.LayerNorm((3, 4)), 2),
+    ],
+    ids=["rmsnorm", "dyt", "scaled rmsnorm", "scaled layernorm"],
+)
+def test_a_norm_with_a_gain_per_position_is_not_decayed(norm: nn.Module) -> None:
+    groups = decay_groups(nn.Sequential(nn.Linear(4, 4), copy.deepcopy(norm)), 0.1)
+    assert groups[0]["names"] == ["0.weight"]
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: m.to("meta")])

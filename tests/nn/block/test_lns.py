@@ -185,12 +185,32 @@ def test_learnable_form_equals_the_constant_one_at_first_and_trains_the_whole_ga
     constant, learnable = LayerNormScaling(RMSNorm(8), 4), LayerNormScaling(given, 4, learnable=True)
     torch.testing.assert_close(learnable(x), constant(x))
     assert torch.equal(learnable.norm.weight, torch.full((8,), 0.5))
-    assert torch.equal(given.weight, torch.ones(8))
     with torch.no_grad():
         learnable.norm.weight.fill_(1.0)
     torch.testing.assert_close(learnable(x), RMSNorm(8)(x))
     with pytest.raises(TypeError, match="without one"):
         LayerNormScaling(LayerNorm(8, elementwise_affine=False), 4, learnable=True)
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_the_parameters_are_those_of_the_given_norm(learnable: bool) -> None:
+    given = LayerNorm(8)
+    weight, bias = given.weight, given.bias
+    wrapped = LayerNormScaling(given, 4, learnable=learnable)
+    assert wrapped.norm is given
+    assert wrapped.weight is weight
+    assert wrapped.bias is bias
+
+
+def test_a_norm_that_can_not_take_the_scale_is_left_as_it_was() -> None:
+    class Shifted(RMSNorm):
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.rms_norm(x, (8,), self.weight + 1.0, 1e-6)
+
+    norm = Shifted(8)
+    with pytest.raises(TypeError, match="multiple of its weight"):
+        LayerNormScaling(norm, 4, learnable=True)
+    assert torch.equal(norm.weight, torch.ones(8))
 
 
 @pytest.mark.parametrize("index", [0, -1, 1.0, True, "2"])

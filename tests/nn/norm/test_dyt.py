@@ -134,6 +134,23 @@ def test_alpha_stays_wide_under_half_inputs() -> None:
     torch.testing.assert_close(layer(x), layer(x.float()).bfloat16())
 
 
+def test_alpha_takes_small_steps_under_autocast_and_none_in_pure_bfloat16() -> None:
+    def stepped(layer: DyT, x: torch.Tensor) -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            layer(x).float().sum().backward()
+        torch.optim.AdamW(layer.parameters(), lr=1e-4, weight_decay=0.0).step()
+        return layer.alpha.item()
+
+    x = torch.ones(4, 6)
+    assert stepped(DyT(6), x) == pytest.approx(0.5 - 1e-4, abs=1e-6)
+    assert stepped(DyT(6).bfloat16(), x.bfloat16()) == 0.5
+
+
+def test_a_bfloat16_layer_is_of_one_dtype_as_sharding_wants_it() -> None:
+    for layer in (DyT(6).bfloat16(), DyT(6, dtype=torch.bfloat16)):
+        assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
+
+
 def test_wrong_inputs_are_refused_in_words() -> None:
     with pytest.raises(InputError, match="alpha_init_value above 0, got 0"):
         DyT(6, 0.0)

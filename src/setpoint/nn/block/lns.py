@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from setpoint.errors import InputError
 from setpoint.nn.block.base import NormFactory, Placement
 from setpoint.nn.block.pre_ln import PreLN
+from setpoint.optim.decay import no_weight_decay
 
 
 class LayerNormScaling(nn.Module):
@@ -38,11 +39,12 @@ class LayerNormScaling(nn.Module):
         norm: The norm to scale; its whole output is scaled, its bias too. It shares its parameters from now on.
         layer_index: Number of the layer, counted from 1.
         power: How fast the scale falls; 0.5 as published.
-        learnable: Start the norm's gain (and bias) at the scale and train it, with no constant factor.
+        learnable: Multiply the norm's gain (and bias) by the scale once, here, and train them without a constant
+            factor.
 
     Raises:
         InputError: ``layer_index`` is no integer from 1 on.
-        TypeError: ``learnable`` is asked of a norm without a gain.
+        TypeError: ``learnable`` is asked of a norm without a gain, or of one whose output is no multiple of it.
 
     Example:
         >>> norm = LayerNormScaling(nn.RMSNorm(8), layer_index=4)
@@ -65,12 +67,15 @@ class LayerNormScaling(nn.Module):
             )
         self.layer_index, self.power, self.learnable = layer_index, power, learnable
         self.scale = 1.0 if learnable else float(layer_index) ** -power
-        norm = _scaled(norm, float(layer_index) ** -power) if learnable else norm
+        if learnable:
+            _scaled(norm, float(layer_index) ** -power)  # refuses, before anything changes, a norm that can't take it
+            _multiply_gain_and_bias(norm, float(layer_index) ** -power)
         # The norm is no child: its parameters are this module's own, so that every tool that goes by names (optimizers,
         # sharding, checkpoints) finds a Pre-LN model.
         self.__dict__["norm"] = norm
         self._parameters, self._buffers, self._modules = norm._parameters, norm._buffers, norm._modules
         self._non_persistent_buffers_set = norm._non_persistent_buffers_set
+        no_weight_decay(self)
 
     def forward(self, x: Float[Tensor, "*batch dim"]) -> Float[Tensor, "*batch dim"]:
         """The scaled norm of ``x``."""
@@ -92,9 +97,7 @@ class LayerNormScaling(nn.Module):
         """Start the norm anew: gain at 1, or at the scale if that is learnable."""
         self.norm.reset_parameters()  # type: ignore[operator]
         if self.learnable:
-            with torch.no_grad():
-                for parameter in _gain_and_bias(self.norm):
-                    parameter.mul_(float(self.layer_index) ** -self.power)
+            _multiply_gain_and_bias(self.norm, float(self.layer_index) ** -self.power)
 
     def extra_repr(self) -> str:
         """The norm and the settings."""
@@ -147,11 +150,10 @@ def _scaled(norm: nn.Module, scale: float) -> nn.Module:
             f"keep the LayerNormScaling module, or build the norm with elementwise_affine=True"
         )
     scaled = deepcopy(norm)
+    _multiply_gain_and_bias(scaled, scale)
+    if gain.is_meta:
+        return scaled
     with torch.no_grad():
-        for parameter in _gain_and_bias(scaled):
-            parameter.mul_(scale)
-        if gain.is_meta:
-            return scaled
         probe = torch.linspace(-2.0, 3.0, 2 * gain.numel(), device=gain.device, dtype=gain.dtype)
         probe = probe.reshape(2, *gain.shape)
         expected = deepcopy(norm)(probe) * scale
@@ -164,5 +166,9 @@ def _scaled(norm: nn.Module, scale: float) -> nn.Module:
     return scaled
 
 
-def _gain_and_bias(norm: nn.Module) -> list[Tensor]:
-    return [p for name in ("weight", "bias") if isinstance(p := getattr(norm, name, None), Tensor)]
+@torch.no_grad()
+def _multiply_gain_and_bias(norm: nn.Module, scale: float) -> None:
+    for name in ("weight", "bias"):
+        parameter = getattr(norm, name, None)
+        if isinstance(parameter, Tensor):
+            parameter.mul_(scale)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from setpoint.errors import InputError
 from setpoint.nn.norm.checks import expect_channels, expect_trailing, shape_of
 from setpoint.nn.norm.functional import scale_shift, tanh
+from setpoint.optim.decay import no_weight_decay
 
 
 class DyT(nn.Module):
@@ -33,8 +34,9 @@ class DyT(nn.Module):
             ``(N, C, *)``.
         elementwise_affine: Have ``weight`` (initially 1) and ``bias``; ``alpha`` is there in any case.
         bias: Have an addend ``bias`` (initially 0); without for what replaces an RMSNorm.
-        device, dtype: Of the parameters. Keep a float32 master of ``alpha`` when training in bfloat16: its steps are
-            smaller than bfloat16 can hold.
+        device, dtype: Of the parameters, ``alpha`` among them. In bfloat16 the steps of training (1e-4, say) are below
+            what an ``alpha`` of 0.5 or a gain of 1 can register (4e-3), and vanish: train with float32 parameters under
+            autocast (``"bf16-mixed"``), where ``alpha`` multiplies in float32.
 
     Shape:
         Output as input.
@@ -76,11 +78,14 @@ class DyT(nn.Module):
         self.alpha_init_value = alpha_init_value
         self.channels_last = channels_last
         self.elementwise_affine = elementwise_affine
+        # Of the dtype of the rest: a float32 scalar in a bfloat16 layer would bar the model from sharding, which wants
+        # one dtype in a block.
         self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
         weight = torch.empty(self.normalized_shape, device=device, dtype=dtype) if elementwise_affine else None
         addend = torch.empty_like(weight) if weight is not None and bias else None
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.register_parameter("bias", None if addend is None else nn.Parameter(addend))
+        no_weight_decay(self)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from setpoint.errors import InputError
 from setpoint.nn.norm.checks import expect_trailing, shape_of
 from setpoint.nn.norm.functional import crms_norm, rms_norm
+from setpoint.optim.decay import no_weight_decay
 
 
 class RMSNorm(nn.Module):
@@ -69,6 +70,7 @@ class RMSNorm(nn.Module):
         addend = torch.empty_like(weight) if weight is not None and bias else None
         self.register_parameter("weight", None if weight is None else nn.Parameter(weight))
         self.register_parameter("bias", None if addend is None else nn.Parameter(addend))
+        no_weight_decay(self)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
