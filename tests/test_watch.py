@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -299,8 +300,47 @@ def test_transformers_trainer_takes_it_as_a_callback(tmp_path: Path) -> None:
     transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[watcher.for_trainer()]).train()
     assert [observation.step for observation in seen] == [0, 2, 4]
     assert seen[1].trace.sequences == 4
-    assert "parameters/gradient_norm" in seen[1].scalars()
     assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["told its targets", "not told"])
+def test_transformers_trainer_is_seen_with_its_loss_and_with_gradients_before_they_are_clipped(
+    tmp_path: Path, told: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=16, n_layer=2, n_head=2)
+    config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.0
+    model = transformers.GPT2LMHeadModel(config)
+    model.accepts_loss_kwargs = told
+    twin = copy.deepcopy(model)
+    tokens = torch.arange(8)[None] + torch.arange(4)[:, None]
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    watcher = watch(model, every=1)
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "max_steps": 1}
+    quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
+    arguments = transformers.TrainingArguments(str(tmp_path), max_grad_norm=1e-3, **batches, **quiet)
+    trained = transformers.Trainer(model, arguments, train_dataset=rows, callbacks=[watcher.for_trainer()]).train()
+    assert watcher.latest.loss == pytest.approx(trained.training_loss, rel=1e-5)
+    loss = twin(input_ids=tokens, labels=tokens).loss
+    (loss * 7 / 8 if told else loss).backward()  # the Trainer counts the first token of a row as a target too
+    for name, parameter in twin.named_parameters():
+        found = watcher.latest.trace.parameters[name].gradient_norm
+        assert found == pytest.approx(parameter.grad.norm().item(), rel=1e-4), name
+
+
+def test_an_accumulating_and_clipping_loop_of_ones_own_is_seen_with_whole_gradients() -> None:
+    model, twin = encoder(), encoder()
+    watcher = watch(model, every=1)
+    with watcher.step():
+        for batch in inputs(3):
+            (loss_of(model(batch)) / 3).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+    torch.stack([loss_of(twin(batch)) for batch in inputs(3)]).mean().backward()
+    for name, parameter in twin.named_parameters():
+        found = watcher.latest.trace.parameters[name].gradient_norm
+        assert found == pytest.approx(parameter.grad.norm().item(), rel=1e-4), name
 
 
 def test_lightning_takes_it_as_a_callback() -> None:

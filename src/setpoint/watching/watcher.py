@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +15,10 @@ from torch import Tensor, nn
 from setpoint.errors import InputError
 from setpoint.probe import Recorder, registry
 from setpoint.probe.recorder import block_finder, with_gradients
-from setpoint.probe.recorder_gradient import ParameterWatch, squared_norm
 from setpoint.running import plain_execution, unwrap
 from setpoint.surgery import Anatomy
-from setpoint.types import Finding, ParameterRecord
+from setpoint.types import Finding
+from setpoint.watching.gradients import WholeGradients
 from setpoint.watching.observation import Observation
 from setpoint.watching.sinks import Sink, sinks_for
 
@@ -126,8 +125,7 @@ class Watcher:
         self._anatomy = anatomy
         self._stack: ExitStack | None = None
         self._recorder: Recorder | None = None
-        self._squares: dict[str, float] = {}
-        self._parameters: ParameterWatch | None = None
+        self._parameters: WholeGradients | None = None
         self._recorded = -1
         self._steps = 0
 
@@ -157,10 +155,6 @@ class Watcher:
     def on_step_start(self, run: Run) -> None:
         """Called by `setpoint.train.train`."""
         self.begin(run.step)
-
-    def on_backward(self, run: Run) -> None:  # noqa: ARG002
-        """Called by `setpoint.train.train`."""
-        self.backward()
 
     def on_step(self, run: Run) -> None:
         """Called by `setpoint.train.train`."""
@@ -194,9 +188,8 @@ class Watcher:
         if self._stack is not None or step % self.every:
             return
         self._recorded = step
-        self._squares = {}
         with ExitStack() as stack:
-            self._parameters = ParameterWatch(self.model)
+            self._parameters = WholeGradients(self.model)
             if self._anatomy is None:
                 _refuse_sharded(self.model)
                 stack.enter_context(plain_execution())  # compiled code would pass the hook by
@@ -204,17 +197,6 @@ class Watcher:
             else:
                 self._recorder = stack.enter_context(self._new_recorder(self._anatomy))
             self._stack = stack.pop_all()
-
-    def backward(self) -> None:
-        """Measure the gradients of the parameters as they are now.
-
-        A loop that clips, accumulates, or averages over processes calls it when the gradient of a step is complete
-        and before it is clipped (setpoint's and Lightning's loops do); otherwise each gradient is measured as it
-        arrives.
-        """
-        if self._stack is not None:
-            named = self.model.named_parameters()
-            self._squares = {name: squared_norm(p.grad) for name, p in named if p.grad is not None}
 
     def finish(self, loss: Tensor | float | None = None) -> Observation | None:
         """Close a step; the observation if it was recorded, else None."""
@@ -233,7 +215,6 @@ class Watcher:
             loss=float(loss.detach()) if isinstance(loss, Tensor) else loss,
             structure=self._anatomy.structure,
         )
-        trace = replace(trace, parameters={n: self._measured(p) for n, p in trace.parameters.items()})
         findings = registry.run(self._probes, trace)
         kept = [finding for finding in findings if not self._ignore & {finding.id, finding.code}]
         treated = tuple(registry.with_remedies(finding, trace.structure) for finding in kept)
@@ -247,14 +228,6 @@ class Watcher:
     def cancel(self) -> None:
         """Leave a step without recording it; every hook is removed."""
         self._close()
-
-    def _measured(self, parameter: ParameterRecord) -> ParameterRecord:
-        """A parameter's record, with the gradient that `backward` saw if it was called."""
-        square = self._squares.get(parameter.name)
-        if square is None:
-            return parameter
-        norm = math.sqrt(square)
-        return replace(parameter, gradient_norm=norm, gradient_rms=norm / math.sqrt(max(parameter.size, 1)))
 
     def _close(self) -> Recorder | None:
         stack, recorder = self._stack, self._recorder
