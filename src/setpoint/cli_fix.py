@@ -57,10 +57,13 @@ def fix(
     with shown(quiet=json) as show:
         show(0, 0, "reading the request")
         from setpoint.fixing import parse
+        from setpoint.fixing.engine import refuse_needless_training
         from setpoint.fixing.saving import refuse_target
 
         fixes = parse(with_)
         refuse_target(output, force=force)
+        if retrain is not None:
+            refuse_needless_training(fixes)
         show(0, 0, f"loading {model}")
         from setpoint.fixing import fix as run
         from setpoint.loading import load

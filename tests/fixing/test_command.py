@@ -82,3 +82,33 @@ def test_a_checkpoint_is_trained_on_given_text_or_taken_untrained_on_purpose(
     untrained = json.loads(done.stdout)
     assert trained[1] < untrained["change"]["perplexity"][1]
     assert "train it before use" in untrained["notes"][0]
+
+
+def test_training_that_no_fix_asks_for_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = refused(
+        capsys, "no-such-model", "--with", "pre-rmsnorm", "-o", str(tmp_path / "out"), "--retrain", "python-stdlib"
+    )
+    assert "nothing to train for: pre-rmsnorm is exact; leave --retrain out" in message
+
+
+def test_a_model_trained_with_layernorm_scaling_is_handed_to_transformers(gpt2: Path, tmp_path: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from setpoint import load
+
+    text = tmp_path / "letters.txt"
+    text.write_text("the cat sat on the mat, and the dog. " * 400)
+    trained, folded = tmp_path / "trained", tmp_path / "folded"
+    for asked in (
+        [str(gpt2), "--with", "lns", "-o", str(trained), "--retrain", str(text), "--steps", "5"],
+        [str(trained), "--with", "lns-fold", "-o", str(folded)],
+    ):
+        done = run(app, ["fix", *asked, "--data", str(text)])
+        assert done.exit_code == 0, done.output
+    batch = torch.randint(0, 29, (2, 9))
+    with torch.no_grad():
+        stock = AutoModelForCausalLM.from_pretrained(folded)(batch).logits
+        torch.testing.assert_close(stock, load(trained).model(batch).logits)

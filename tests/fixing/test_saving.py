@@ -7,7 +7,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from setpoint import fix, load
 from setpoint.errors import InputError
 from setpoint.loading import restore
 from setpoint.running import evaluated
+from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage
 
 Make = Callable[..., tuple[nn.Module, Tensor]]
 
@@ -70,6 +73,75 @@ def test_transformers_refuses_a_model_that_its_architecture_cannot_express(make:
         AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(AttributeError, match=r"read this folder with setpoint\.load"):
         type(model).from_pretrained(folder)
+
+
+@pytest.mark.parametrize("first", ["pre-rmsnorm", "pre-crmsnorm:untie=true", "peri-ln"])
+def test_a_folder_is_fixed_again_and_keeps_what_was_done_before(make: Make, tmp_path: Path, first: str) -> None:
+    model, batch = make("gpt2")
+    once = fix(model, first, [batch], timed=False)
+    again = fix(once.save(tmp_path / "once"), "kv-bias-slot", [batch], timed=False)
+    for result in (again, fix(once.loaded, "kv-bias-slot", [batch], timed=False)):
+        loaded = load(result.save(tmp_path / "twice", force=True))
+        assert torch.equal(logits(loaded.model, batch), logits(result.model, batch))
+        assert [type(m) for m in loaded.model.modules()] == [type(m) for m in result.model.modules()]
+        assert loaded.notes == (f"changed by {first}, kv-bias-slot",)
+
+
+def test_what_would_load_back_as_another_model_is_not_saved(make: Make, tmp_path: Path) -> None:
+    model, batch = make("gpt2")
+    changed = fix(model, "pre-rmsnorm", [batch], timed=False).model
+    with pytest.raises(InputError, match=r"would not load back as it is.*transformer\.wte"):
+        fix(changed, "kv-bias-slot", [batch], timed=False).save(tmp_path / "out")
+    changed, _ = make("gpt2")
+    changed.transformer.h[1].mlp.act = nn.ReLU()
+    with pytest.raises(InputError, match=r"would not load back as it is.*h\.1\.mlp\.act"):
+        fix(changed, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+def test_a_model_that_is_of_its_old_architecture_again_loads_through_transformers(
+    make: Make, tmp_path: Path, family: str
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model, batch = make(family)
+    scaled = fix(model, "lns", [batch], timed=False)
+    with pytest.raises(ValueError, match=f"setpoint-{family}"):
+        AutoModelForCausalLM.from_pretrained(scaled.save(tmp_path / "scaled"))
+    folded = fix(tmp_path / "scaled", "lns-fold", [batch], timed=False)
+    folder = folded.save(tmp_path / "folded")
+    stock = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(stock) is type(model)
+    assert torch.equal(logits(stock, batch), logits(folded.model, batch))
+    assert torch.equal(logits(load(folder).model, batch), logits(folded.model, batch))
+
+
+def test_a_head_that_was_untied_is_not_tied_again_by_transformers(make: Make, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    @dataclass(frozen=True)
+    class Untied:
+        """Gives the head a weight of its own."""
+
+        id: ClassVar[str] = "untied"
+        stage: ClassVar[Stage] = "transform"
+        preserves: ClassVar[Preserves] = "approximate"
+
+        def applies(self, anatomy: Any) -> Refusal | None:
+            return None
+
+        def plan(self, ctx: FixContext) -> list[Edit]:
+            build = Build("torch.nn:Linear", {"in_features": 16, "out_features": 64, "bias": False})
+            weight = 2 * ctx.model.get_parameter("lm_head.weight").detach()
+            return [Edit("lm_head", build), Edit("lm_head.weight", weight)]
+
+    model, batch = make("gpt2")
+    fixed = fix(model, Untied(), [batch], timed=False)
+    folder = fixed.save(tmp_path / "out")
+    with pytest.raises(ValueError, match="setpoint-gpt2"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(load(folder).model, batch), logits(fixed.model, batch))
 
 
 def test_a_model_of_ones_own_is_restored_into_ones_own_class(make: Make, tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,16 @@ from setpoint.fixing.base import Fix, Refused
 from setpoint.fixing.exactness import judge
 from setpoint.fixing.measure import change_between
 from setpoint.fixing.result import Fixed
-from setpoint.fixing.spec import chosen
+from setpoint.fixing.spec import chosen, to_text
 from setpoint.loading import batches_for, load, loss_for
 from setpoint.placing import as_batches
 from setpoint.progress import Progress, unseen
 from setpoint.running import untouched
 from setpoint.surgery import Anatomy
 from setpoint.surgery.comparing import double
-from setpoint.surgery.copying import editable, in_float64, share, whole
+from setpoint.surgery.copying import at_home, editable, in_float64, share, whole
 from setpoint.surgery.editing import Undo, commit, rollback
-from setpoint.types import STAGES, Edit, FixContext, Loaded
+from setpoint.types import STAGES, Edit, FixContext, Loaded, Made
 
 Retrain = Callable[[nn.Module], None]
 
@@ -58,7 +58,8 @@ def fix(
         batches: Real inputs to read the structure from and to judge by; left out, as `setpoint.check` finds them.
         data: A text file or a folder of images, instead of the default inputs.
         inplace: Change the model itself. Optimizers that were built for it before are stale.
-        retrain: ``retrain(model)`` trains the model after fixes that change its function.
+        retrain: ``retrain(model)`` trains the model after fixes that change its function; wherever it trains, the model
+            comes back to the device that it was on.
         untrained_ok: Give the model back although such a fix leaves it untrained. A module of yours needs neither; a
             trained checkpoint is refused without.
         forward: ``forward(model, batch)``, if calling takes more than the batch.
@@ -73,7 +74,8 @@ def fix(
         the original (and nothing, if a fix wants it trained afterwards).
 
     Raises:
-        InputError: An unknown fix, a model that it does not fit (with the place and the reason), a promise not kept.
+        InputError: An unknown fix, a model that it does not fit (with the place and the reason), a promise not kept;
+            ``retrain`` with nothing to train for.
 
     Example:
         >>> import torch
@@ -91,6 +93,8 @@ def fix(
         loaded = replace(loaded, forward=forward)
     own = isinstance(model, nn.Module)
     trains = [each.id for each in wanted if each.preserves == "retrain"]
+    if retrain is not None:
+        refuse_needless_training(wanted)
     if trains and retrain is None and not (untrained_ok or own):
         raise InputError(
             f"{', '.join(trains)} changes what the model computes, and {loaded.source} is trained: give data to train "
@@ -106,13 +110,18 @@ def fix(
     undo: Undo = []
     trained = False
     try:
-        notes, edits, exact = _apply(wanted, work, _Run(reference, inputs, loaded, seed, resume, progress), undo)
-        if trains and retrain is not None:
+        done = _apply(wanted, work, _Run(reference, inputs, loaded, seed, resume, progress), undo)
+        notes = done.notes
+        changed = [name for name in trains if name in done.changed]
+        if retrain is not None:
+            if not changed:
+                raise InputError(f"there is nothing to train for: {'; '.join(notes)}; leave --retrain out")
             progress(len(wanted), len(wanted), "training")
             trained = True
-            retrain(work)
-        elif trains and edits:
-            notes.append(f"{', '.join(trains)} changed what the model computes: train it before use")
+            with at_home(work):
+                retrain(work)
+        elif changed:
+            notes.append(f"{', '.join(changed)} changed what the model computes: train it before use")
         if inplace:
             notes.append("the model itself was changed: optimizers built for it before are stale")
         progress(len(wanted), len(wanted), "measuring the change")
@@ -124,7 +133,7 @@ def fix(
                 loaded.forward,
                 anatomy=_trace(reference, inputs[0], loaded),
                 loss=loss or (loss_for(loaded) if loaded.task == "language-model" else None),
-                exact=exact,
+                exact=done.exact,
                 timed=timed,
             )
     except BaseException:
@@ -136,19 +145,28 @@ def fix(
         model=work,
         change=change,
         fixes=tuple(wanted),
-        edits=tuple(edits),
-        loaded=replace(loaded, model=work),
-        stock=_stock(reference, work, edits),
+        edits=tuple(done.edits),
+        loaded=replace(loaded, model=work, made=_made(loaded, wanted, done.edits)),
         notes=tuple(notes),
     )
 
 
-def _stock(reference: nn.Module, work: nn.Module, edits: Sequence[Edit]) -> bool:
-    """Whether values of weights are all that differs."""
-    shapes = [
-        {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)} for model in (reference, work)
-    ]
-    return all(isinstance(edit.value, Tensor) for edit in edits) and shapes[0] == shapes[1]
+def refuse_needless_training(fixes: Sequence[Fix]) -> None:
+    """Say before anything is done that no fix asks for the training that was asked for.
+
+    Raises:
+        InputError: None of them changes what the model computes.
+    """
+    if all(each.preserves != "retrain" for each in fixes):
+        kept = ", ".join(f"{each.id} is {each.preserves}" for each in fixes)
+        raise InputError(f"there is nothing to train for: {kept}; leave --retrain out (in Python: retrain=)")
+
+
+def _made(loaded: Loaded, fixes: Sequence[Fix], edits: Sequence[Edit]) -> Made:
+    """How the model is built: what earlier fixes did, then these. Tensors are with the model, so they are left out."""
+    before = loaded.made
+    modules = (edit for edit in edits if not isinstance(edit.value, Tensor))
+    return replace(before, fixes=(*before.fixes, *map(to_text, fixes)), edits=(*before.edits, *modules))
 
 
 def _restore(model: nn.Module, reference: nn.Module) -> None:
@@ -200,13 +218,31 @@ class _Run:
         return each.plan(FixContext(model, anatomy, self.reference, inputs, forward, generator, progress, self.resume))
 
 
-def _apply(
-    wanted: Sequence[Fix], work: nn.Module, run: _Run, undo: Undo
-) -> tuple[list[str], list[Edit], tuple[float, float] | None]:
+@dataclass(slots=True)
+class _Done:
+    """What was done so far.
+
+    Args:
+        notes: For the user.
+        edits: Those that were made.
+        changed: Ids of the fixes that found something to change.
+        judged: What the judge of exactness saw for each; None as soon as one fix does not promise it.
+    """
+
+    notes: list[str] = field(default_factory=list)
+    edits: list[Edit] = field(default_factory=list)
+    changed: set[str] = field(default_factory=set)
+    judged: list[tuple[float, float]] | None = field(default_factory=lambda: [(0.0, 0.0)])
+
+    @property
+    def exact(self) -> tuple[float, float] | None:
+        """Largest differences, in float64 and in the model's own type."""
+        return (max(wide for wide, _ in self.judged), max(own for _, own in self.judged)) if self.judged else None
+
+
+def _apply(wanted: Sequence[Fix], work: nn.Module, run: _Run, undo: Undo) -> _Done:
     """Make every fix on ``work``, re-reading the structure before each; steps to undo it all go into ``undo``."""
-    notes: list[str] = []
-    edits: list[Edit] = []
-    judged: list[tuple[float, float]] = [(0.0, 0.0)]
+    done = _Done(judged=[(0.0, 0.0)] if all(each.preserves == "exact" for each in wanted) else None)
     for index, each in enumerate(wanted):
         run.progress(index, len(wanted), f"{each.id}: reading the structure")
         anatomy = _trace(work, run.inputs[0], run.loaded)
@@ -219,17 +255,18 @@ def _apply(
         except Refused as refused:
             if not refused.refusal.done:
                 raise
-            notes.append(f"{each.id}: {refused.refusal}")
+            done.notes.append(f"{each.id}: {refused.refusal}")
             continue
         before = share(work) if each.preserves == "exact" else None
         undo += commit(work, planned)
-        edits += planned
+        done.edits += planned
+        done.changed.add(each.id)
         if before is not None:
             run.progress(index, len(wanted), f"{each.id}: comparing outputs")
-            judged.append(_judged(each, before, work, run))
-    if any(each.preserves != "exact" for each in wanted):
-        return notes, edits, None
-    return notes, edits, (max(wide for wide, _ in judged), max(native for _, native in judged))
+            seen = _judged(each, before, work, run)
+            if done.judged is not None:
+                done.judged.append(seen)
+    return done
 
 
 def _judged(each: Fix, before: nn.Module, after: nn.Module, run: _Run) -> tuple[float, float]:

@@ -27,8 +27,8 @@ class Fixed(JupyterMixin):
         change: The measurement.
         fixes: What was applied, in the order in which it was.
         edits: Every edit that was made.
-        loaded: What was fixed, with its tokenizer, its task and where it came from.
-        stock: Whether the original architecture still expresses the model: only values of weights changed.
+        loaded: The same model with its tokenizer, its task and where it came from. Fix it again by this and not by
+            ``model`` alone: it knows what was done before.
         notes: What a user must know: nothing left to do, train before use, optimizers are stale.
     """
 
@@ -37,7 +37,6 @@ class Fixed(JupyterMixin):
     fixes: tuple[Fix, ...]
     edits: tuple[Edit, ...]
     loaded: Loaded
-    stock: bool = False
     notes: tuple[str, ...] = ()
 
     @property

@@ -14,7 +14,17 @@ from torch import Tensor, nn
 
 from setpoint import __version__
 from setpoint.errors import InputError
-from setpoint.loading.fixed import PREFIX, SCHEMA, STATEMENT, WEIGHTS, describe_base, digest, to_plain
+from setpoint.loading.fixed import (
+    PREFIX,
+    SCHEMA,
+    STATEMENT,
+    WEIGHTS,
+    architecture,
+    describe_base,
+    digest,
+    rebuilt,
+    to_plain,
+)
 from setpoint.loading.quiet import quiet
 from setpoint.surgery.editing import ties
 
@@ -39,13 +49,22 @@ def save(fixed: Fixed, folder: Path, *, force: bool = False) -> Path:
     folder = folder.expanduser().absolute()
     refuse_target(folder, force=force)
     statement = _statement(fixed)
+    plain = architecture(statement["base"])
+    stock = plain is not None and _odd_place(fixed.model, plain) is None  # nothing but values is new
+    if stock:
+        statement["edits"] = []
+    elif (odd := _odd_after_loading(fixed, statement)) is not None:
+        raise InputError(
+            f"the model would not load back as it is, for something else than these fixes changed it ({odd}); make all "
+            "changes in one call, or give `fix` the .loaded of the earlier result"
+        )
     try:
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise InputError(f"{folder.parent} can't be written to: {error.strerror or error}") from error
     try:
         _write_weights(fixed.model, statement, staging)
-        _write_config(fixed, statement, staging)
+        _write_config(statement, staging, stock=stock)
         _write_processor(fixed, statement, staging)
         _write_json(staging / STATEMENT, statement)
         _sync(staging)
@@ -74,18 +93,18 @@ def refuse_target(folder: Path, *, force: bool = False) -> None:
 
 
 def _statement(fixed: Fixed) -> dict[str, Any]:
-    """Everything about the model but its weights; refuses what can't be described before anything is written."""
-    edits = [plain for edit in fixed.edits if (plain := to_plain(edit)) is not None]
+    """Everything about the model but its weights."""
+    made = fixed.loaded.made
     tied = ties(fixed.model)
     parameters = dict(fixed.model.named_parameters(remove_duplicate=False))
     return {
         "schema_version": SCHEMA,
         "setpoint": __version__,
-        "fixes": list(fixed.specs),
+        "fixes": list(made.fixes),
         "task": fixed.loaded.task,
         "source": fixed.loaded.source,
-        "base": describe_base(fixed.loaded),
-        "edits": edits,
+        "base": dict(made.base or describe_base(fixed.loaded)),
+        "edits": [to_plain(edit) for edit in made.edits],
         "ties": tied,
         "tensors": {
             name: {
@@ -101,6 +120,27 @@ def _statement(fixed: Fixed) -> dict[str, Any]:
         "change": asdict(fixed.change),
         "notes": list(fixed.notes),
     }
+
+
+def _odd_after_loading(fixed: Fixed, statement: dict[str, Any]) -> str | None:
+    """Where the model that loading gives differs from this one; None if nowhere, or if only its owner can load it."""
+    try:
+        again = rebuilt(statement, fixed.loaded.made.edits)
+    except InputError as error:
+        return str(error)
+    return None if again is None else _odd_place(fixed.model, again)
+
+
+def _odd_place(model: nn.Module, other: nn.Module) -> str | None:
+    mine, theirs = _structure(model), _structure(other)
+    return next((name for name in mine | theirs if mine.get(name) != theirs.get(name)), None)
+
+
+def _structure(model: nn.Module) -> dict[str, Any]:
+    """Everything about a model but values: its modules with their settings, shapes, and which tensors are one."""
+    modules = {name: (type(m), m.extra_repr()) for name, m in model.named_modules(remove_duplicate=False)}
+    tied = ties(model)
+    return modules | {name: (tensor.shape, tied.get(name)) for name, tensor in _tensors(model).items()}
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -131,13 +171,13 @@ def _write_weights(model: nn.Module, statement: dict[str, Any], staging: Path) -
     path.chmod(mode)  # what safetensors writes only its owner may read
 
 
-def _write_config(fixed: Fixed, statement: dict[str, Any], staging: Path) -> None:
+def _write_config(statement: dict[str, Any], staging: Path, *, stock: bool) -> None:
     """The original configuration; marked so that transformers refuses it if it can't express the model any more."""
     base = statement["base"]
     if base["kind"] != "transformers":
         return
     config = dict(base["config"])
-    if fixed.stock:
+    if stock:
         config["architectures"] = [base["class"]]
         config["dtype"] = next((e["dtype"] for e in statement["tensors"].values() if "float" in e["dtype"]), "float32")
     else:

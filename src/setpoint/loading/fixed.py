@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from setpoint.extras import require
 from setpoint.loading.quiet import quiet
 from setpoint.loading.tasks import forward_for
 from setpoint.loading.wording import few, one_line
-from setpoint.types import Build, Edit, Loaded, Ref
+from setpoint.types import Build, Edit, Loaded, Made, Ref
 
 STATEMENT = "setpoint.json"
 WEIGHTS = "model.safetensors"
@@ -47,6 +47,7 @@ def load_fixed(folder: Path, dtype: torch.dtype, trust_code: bool) -> Loaded:
     """
     statement = read_statement(folder)
     base = statement["base"]
+    edits = _edits(statement, folder)
     if base["kind"] == "factory" and not trust_code:
         raise InputError(
             f"{folder} is refused: the model in it is built by your {base['source']}; to run that, add --trust-code "
@@ -65,6 +66,7 @@ def load_fixed(folder: Path, dtype: torch.dtype, trust_code: bool) -> Loaded:
         forward=forward_for(model),
         source=str(folder),
         notes=tuple(notes),
+        made=Made(tuple(statement["fixes"]), edits, base),
     )
 
 
@@ -87,8 +89,45 @@ def restore(folder: str | Path, model: nn.Module, *, dtype: torch.dtype | None =
     folder = Path(folder)
     statement = read_statement(folder)
     tensors = _read_weights(folder, statement)
-    commit(model, [_edit(entry, folder) for entry in statement["edits"]])
+    commit(model, _edits(statement, folder))
     _put(model, tensors, statement, folder, dtype)
+    return model
+
+
+def architecture(base: Mapping[str, Any]) -> nn.Module | None:
+    """The architecture in ``setpoint.json`` without weights, on the meta device; None where that takes code of a user.
+
+    Raises:
+        InputError: It can't be built.
+    """
+    if base["kind"] not in ("transformers", "setpoint"):
+        return None
+    with torch.device("meta"), quiet():
+        return _build_base(base, Path())
+
+
+def rebuilt(statement: Mapping[str, Any], edits: Sequence[Edit]) -> nn.Module | None:
+    """What loading would give, without weights; None where that takes code of a user.
+
+    Args:
+        statement: What will be written.
+        edits: Those of the architecture.
+
+    Raises:
+        InputError: The edits or the tensors don't fit the architecture.
+    """
+    from setpoint.surgery.editing import commit
+
+    model = architecture(statement["base"])
+    if model is None:
+        return None
+    with torch.device("meta"):
+        commit(model, edits)
+        tensors = {
+            name: torch.empty(entry["shape"], dtype=getattr(torch, entry["dtype"]))
+            for name, entry in statement["tensors"].items()
+        }
+        _put(model, tensors, statement, Path(), None)
     return model
 
 
@@ -188,14 +227,12 @@ def _own(base: Mapping[str, Any]) -> nn.Module:
 # edits and tensors ---------------------------------------------------------------------------------------------------
 
 
-def to_plain(edit: Edit) -> dict[str, Any] | None:
-    """An edit of a module as JSON; None for a tensor, which is stored with the weights."""
+def to_plain(edit: Edit) -> dict[str, Any]:
+    """An edit of a module as JSON; tensors are stored with the weights."""
     if isinstance(edit.value, Ref):
         return {"path": edit.path, "ref": edit.value.path}
     if isinstance(edit.value, Build):
         return {"path": edit.path, **_written(edit.value)}
-    if isinstance(edit.value, Tensor):
-        return None
     raise InputError(
         f"{edit.path} is a {type(edit.value).__name__} that a fix put there as it is, so the model can't be saved; let "
         "the fix describe it with setpoint.types.Build"
@@ -218,11 +255,14 @@ def _read(value: Any) -> Any:
     return Build(value["build"], {name: _read(v) for name, v in value["arguments"].items()})
 
 
-def _edit(entry: Mapping[str, Any], folder: Path) -> Edit:
-    try:
-        return Edit(entry["path"], _read(entry))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{folder / STATEMENT} holds an edit that is none: {entry!r}") from error
+def _edits(statement: Mapping[str, Any], folder: Path) -> tuple[Edit, ...]:
+    edits = []
+    for entry in statement["edits"]:
+        try:
+            edits.append(Edit(entry["path"], _read(entry)))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{folder / STATEMENT} holds an edit that is none: {entry!r}") from error
+    return tuple(edits)
 
 
 def digest(tensor: Tensor) -> str:

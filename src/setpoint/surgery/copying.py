@@ -1,8 +1,10 @@
-"""Copies of a model: one that shares its weights, and one in float64 to judge others by."""
+"""Copies of a model: one that shares its weights, and one in float64 to judge others by. And the way back home."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,6 +60,35 @@ def in_float64(model: nn.Module) -> nn.Module:
 def whole(model: nn.Module) -> nn.Module:
     """A copy that shares nothing, for a model that will be trained."""
     return _copied(model, {})
+
+
+@contextmanager
+def at_home(model: nn.Module) -> Iterator[None]:
+    """Every tensor of a model is afterwards on the device that it was on, whoever moved it meanwhile.
+
+    Args:
+        model: Its parts may be on several devices.
+    """
+    places: list[tuple[dict[str, Any], str, Tensor, torch.device]] = [
+        (table, name, tensor, tensor.device)
+        for module in model.modules()
+        for table in (module._parameters, module._buffers)
+        for name, tensor in table.items()
+        if tensor is not None
+    ]
+    try:
+        yield
+    finally:
+        for table, name, tensor, home in places:
+            now = table.get(name)
+            if now is None or now.device == home:
+                continue
+            if now is tensor:  # a parameter that was moved stays the same object on most devices, a buffer never
+                tensor.data = tensor.data.to(home)
+            else:
+                tensor.data.copy_(now.detach())
+                table[name] = tensor
+            tensor.grad = None  # it is of the other device
 
 
 def editable(model: nn.Module) -> nn.Module:

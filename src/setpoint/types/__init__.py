@@ -29,7 +29,7 @@ from setpoint.types.anatomy import (
 from setpoint.types.catalogue import Item, Kind, Method, Preserves
 from setpoint.types.findings import SEVERITIES, Chart, Finding, Remedy, Series, Severity
 from setpoint.types.fixing import STAGES, Build, Change, Edit, FixContext, Ref, Refusal, Stage
-from setpoint.types.loading import Loaded, Task
+from setpoint.types.loading import Loaded, Made, Task
 from setpoint.types.proving import (
     ArmResult,
     Band,
@@ -88,6 +88,7 @@ __all__ = [
     "Judgement",
     "Kind",
     "Loaded",
+    "Made",
     "Method",
     "NormKind",
     "NormSite",
