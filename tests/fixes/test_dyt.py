@@ -92,6 +92,32 @@ def test_batch_norms_are_left_alone() -> None:
         fix(model, "dyt", [torch.randn(2, 3, 8, 8)])
 
 
+class Mixer(nn.Module):
+    """Attention over the positions of a feature map, behind a norm over channels and positions."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.out = norm, nn.Conv2d(6, 18, 1), nn.Conv2d(6, 6, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.flatten(2).mT for part in self.qkv(self.norm(x)).chunk(3, 1))
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v)
+        return x + self.out(mixed.mT.reshape(x.shape))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("side", [6, 5])
+def test_a_group_norm_becomes_a_dyt_over_channels_whatever_the_map_measures(side: int, affine: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), Mixer(nn.GroupNorm(1, 6, affine=affine)), nn.Conv2d(6, 2, 1))
+    fixed = fix(model, "dyt", [torch.randn(2, 3, side, side)], timed=False).model
+    dyt = fixed[1].norm
+    with torch.no_grad():
+        dyt.weight.copy_(torch.arange(6.0))
+    rows = dyt(torch.ones(1, 6, side, side))
+    assert rows.amax((0, 2, 3)).tolist() == rows.amin((0, 2, 3)).tolist()
+    assert rows[0, :, 0, 0].tolist() == pytest.approx([i * math.tanh(0.5) for i in range(6)])
+
+
 def test_the_original_is_not_trained_along_with_the_copy(make: Make) -> None:
     model, batch = make("gpt2")
     fixed = fix(model, "dyt", [batch], timed=False).model

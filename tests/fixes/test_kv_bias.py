@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from setpoint import fix
+from setpoint import fix, load
 from setpoint.errors import InputError
+from setpoint.fixes.kv_bias import CLOSED
 from setpoint.models import Attention, Transformer, TransformerConfig
 from setpoint.nn.attention.kv_bias import KVBias
 from setpoint.optim import decay_groups
-from setpoint.running import evaluated
+from setpoint.running import evaluated, tensors_of
 from setpoint.surgery.inserts import WithKVBias
 
 Make = Callable[..., tuple[nn.Module, Tensor]]
@@ -30,7 +32,7 @@ def qkv(tokens: int = 5) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_a_closed_slot_is_plain_attention() -> None:
     q, k, v = qkv()
-    keys, values, mask = KVBias(3, 4, slot_logit=-1e9)(k, v, queries=5, causal=True)
+    keys, values, mask = KVBias(3, 4, slot_logit=CLOSED)(k, v, queries=5, causal=True)
     with_slot = functional.scaled_dot_product_attention(q, keys, values, mask)
     torch.testing.assert_close(with_slot, functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
@@ -66,6 +68,39 @@ def test_the_closed_slot_leaves_a_model_as_it_computes(make: Make, family: str) 
     fixed = fix(model, "kv-bias-slot", [batch], timed=False)
     assert sum(isinstance(m, WithKVBias) for m in fixed.model.modules()) == 2
     assert fixed.change.exact is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "vit", "bert"])
+def test_the_closed_slot_is_closed_in_half_precision(make: Make, family: str, dtype: torch.dtype) -> None:
+    model, batch = make(family)
+    model.to(dtype)
+    batch = batch.to(dtype) if batch.is_floating_point() else batch
+    fixed = fix(model, "kv-bias-slot", [batch], timed=False)
+    assert fixed.change.exact is not None
+    assert all(bool(t.isfinite().all()) for t in tensors_of(fixed.model(batch)) if t.is_floating_point())
+
+
+def test_a_row_with_every_key_masked_looks_at_the_closed_slot_as_little_as_before() -> None:
+    q, k, v = qkv()
+    lowest = torch.full((5, 5), torch.finfo(k.dtype).min)
+    keys, values, mask = KVBias(3, 4, slot_logit=CLOSED)(k, v, lowest, queries=5)
+    with_slot = functional.scaled_dot_product_attention(q, keys, values, mask)
+    torch.testing.assert_close(with_slot, functional.scaled_dot_product_attention(q, k, v, lowest))
+    nothing = torch.zeros(5, 5, dtype=torch.bool)
+    keys, values, mask = KVBias(3, 4, slot_logit=CLOSED)(k, v, nothing, queries=5)
+    assert not functional.scaled_dot_product_attention(q, keys, values, mask).any()
+
+
+def test_a_closed_slot_is_saved_and_can_be_opened_for_training(make: Make, tmp_path: Path) -> None:
+    model, batch = make("gpt2")
+    fixed = fix(model, "kv-bias-slot", [batch], timed=False)
+    again = load(fixed.save(tmp_path / "out")).model
+    assert torch.equal(logits(again, batch), logits(fixed.model, batch))
+    for slot in (m for m in again.modules() if isinstance(m, KVBias)):
+        slot.slot_logit = 0.0
+    again(batch).logits.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for n, p in again.named_parameters() if ".kv_bias." in n)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "opt", "llama", "vit", "encoder"])

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from setpoint import fix
 from setpoint.errors import InputError
+from setpoint.fixing import Refused
 from setpoint.models import Transformer, TransformerConfig
 from setpoint.nn import LayerNormScaling, ScaledPreNorm
 
@@ -90,9 +91,52 @@ def test_the_folded_gain_has_the_gradient_over_the_scale() -> None:
     torch.testing.assert_close(gradients[0], 0.5 * gradients[1], rtol=1e-4, atol=1e-6)
 
 
-def test_a_norm_without_a_gain_is_refused_by_name() -> None:
+def without_gain(width: int) -> nn.Module:
+    return nn.RMSNorm(width, elementwise_affine=False)
+
+
+def test_folding_twice_is_folding_once() -> None:
+    batch = tokens()
+    once = fix(decoder(block=ScaledPreNorm()), "lns-fold", [batch], timed=False).model
+    twice = fix(once, "lns-fold", [batch], timed=False)
+    assert twice.edits == ()
+    assert "nothing to fold" in twice.notes[0]
+
+
+def test_the_factor_of_a_norm_without_a_gain_goes_into_the_weights_that_read_it() -> None:
+    batch = tokens()
+    model = decoder(norm=without_gain, block=ScaledPreNorm())
+    fixed = fix(model, "lns-fold", [batch], timed=False)
+    assert not any(isinstance(m, LayerNormScaling) for m in fixed.model.modules())
+    old, new = (m.stack.blocks[3].feed_forward.sublayer for m in (model, fixed.model))
+    torch.testing.assert_close(new.up_proj.weight, 0.5 * old.up_proj.weight)
+    assert new.down_proj.weight is old.down_proj.weight
+    assert fixed.change.exact is not None
+    assert fixed.change.exact[0] < 1e-12
+
+
+def test_a_bias_behind_a_norm_without_a_gain_is_not_scaled() -> None:
     model = nn.Sequential(LayerNormScaling(nn.LayerNorm(8, elementwise_affine=False), 4), nn.Linear(8, 2))
-    with pytest.raises(InputError, match="0: expected a norm with a gain"):
+    fixed = fix(model, "lns-fold", [torch.randn(3, 8)], timed=False)
+    torch.testing.assert_close(fixed.model[1].weight, 0.5 * model[1].weight)
+    assert fixed.model[1].bias is model[1].bias
+    assert fixed.change.exact is not None
+
+
+def test_norms_that_share_a_gain_keep_it_and_their_readers_take_the_factors() -> None:
+    model = nn.Sequential(
+        LayerNormScaling(nn.LayerNorm(8), 4), nn.Linear(8, 8), LayerNormScaling(nn.LayerNorm(8), 9), nn.Linear(8, 2)
+    )
+    model[2].norm.weight = model[0].norm.weight
+    fixed = fix(model, "lns-fold", [torch.randn(3, 8)], timed=False)
+    assert fixed.model[0].weight is fixed.model[2].weight
+    torch.testing.assert_close(fixed.model[3].weight, model[3].weight / 3)
+    assert fixed.change.exact is not None
+
+
+def test_a_factor_that_no_weight_can_take_is_refused_by_name() -> None:
+    model = nn.Sequential(LayerNormScaling(nn.LayerNorm(8, elementwise_affine=False), 4), nn.GELU(), nn.Linear(8, 2))
+    with pytest.raises(Refused, match=r"0: has no gain of its own.*lets no scale through"):
         fix(model, "lns-fold", [torch.randn(3, 8)])
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from setpoint import fix
 from setpoint.errors import InputError
+from setpoint.fixing import Refused
 from setpoint.models import Learned, Transformer, TransformerConfig
 from setpoint.nn import LayerNorm, RMSNorm
 from setpoint.running import evaluated, tensors_of
@@ -229,3 +230,11 @@ def test_dropout_on_a_branch_breaks_the_equivalence_in_training() -> None:
     centred.load_state_dict(plain.state_dict())
     losses = zip(train(plain, dropout=0.3), train(centred, dropout=0.3), strict=True)
     assert max(abs(a - b) for a, b in losses) > 1e-4
+
+
+def test_norms_whose_output_is_scaled_are_folded_first(make: Make) -> None:
+    model, batch = make("gpt2")
+    scaled = fix(model, "lns", [batch], timed=False).model
+    with pytest.raises(Refused, match=r"h\.1\.ln_1: does more than normalize.*lns-fold"):
+        fix(scaled, "pre-rmsnorm", [batch])
+    assert fix(scaled, "lns-fold,pre-rmsnorm", [batch], timed=False).change.exact is not None

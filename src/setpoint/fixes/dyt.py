@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from setpoint.errors import InputError
+from setpoint.fixes.norm_sites import refusal_to_replace, replaceable, sizes_of
 from setpoint.fixes.pre_rmsnorm import in_its_place
 from setpoint.fixing.base import Refused
-from setpoint.types import Build, Edit, FixContext, NormSite, Preserves, Refusal, Stage, Writer
+from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage, Writer
 
 if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
@@ -74,34 +75,25 @@ class DynamicTanh:
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs attention, and a norm over the features that is a module of its own."""
-        norms = [site for site in anatomy.norms.values() if replaceable(site)]
-        if not norms:
-            if any(site.kind == "batch" for site in anatomy.norms.values()):
-                return Refusal("", "its norms are batch norms, which DyT does not replace")
-            return Refusal("", "it has no LayerNorm or RMSNorm; there is nothing to replace", done=True)
-        if not anatomy.attention:
+        refusal = refusal_to_replace(anatomy, "DyT")
+        if refusal is None and not anatomy.attention:
             return Refusal("", "it has no attention, and DyT was made for transformers")
-        for site in norms:
-            if "#" in site.name:
-                return Refusal(
-                    site.name.partition("#")[0], "computes its norm in its own forward, where it can't be replaced"
-                )
-        return None
+        return refusal
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """A DyT for every norm, and the scale on the embeddings."""
         anatomy: Anatomy = ctx.anatomy
         language = "causal" in anatomy.structure and bool(anatomy.embeddings) and anatomy.head is not None
         near_attention = _near_attention(anatomy)
-        width = max(_shape(ctx.model, site)[-1] for site in anatomy.norms.values() if replaceable(site))
+        width = max(sizes_of(ctx.model, site, self.id)[-1] for site in anatomy.norms.values() if replaceable(site))
         edits = []
         for site in anatomy.norms.values():
             if not replaceable(site):
                 continue
             arguments = {
-                "normalized_shape": _shape(ctx.model, site),
+                "normalized_shape": sizes_of(ctx.model, site, self.id),
                 "alpha_init_value": self._start(site.name in near_attention, width, language=language),
-                "channels_last": site.axes[-1] == -1,
+                "channels_last": _channels_last(site),
                 "bias": site.shift is not None,
             }
             edits.append(Edit(site.name, Build("setpoint.nn:DyT", arguments), "tanh in place of the norm"))
@@ -124,11 +116,6 @@ def starts(width: int) -> tuple[float, float]:
     return ALPHAS[min(ALPHAS, key=lambda known: abs(log2(known / width)))]
 
 
-def replaceable(site: NormSite) -> bool:
-    """Whether a norm is one over the features of a token: not one over a batch, nor over several groups of channels."""
-    return site.kind in ("layer", "rms") or (site.kind == "group" and site.groups == 1)
-
-
 def _near_attention(anatomy: Anatomy) -> set[str]:
     names = {name for site in anatomy.attention for name in (site.query_norm, site.key_norm) if name}
     for block in anatomy.blocks:
@@ -136,15 +123,6 @@ def _near_attention(anatomy: Anatomy) -> set[str]:
             if branch.role in ("attention", "cross_attention"):
                 names |= set(branch.input_norms)
     return names
-
-
-def _shape(model: nn.Module, site: NormSite) -> list[int]:
-    if site.gain is not None:
-        return list(site.gain.shape)
-    found = getattr(model.get_submodule(site.name), "normalized_shape", None)
-    if found is None:
-        raise Refused("dyt", Refusal(site.name, "the width that it normalizes over could not be read"))
-    return [found] if isinstance(found, int) else list(found)
 
 
 def _scaled_embedding(model: nn.Module, anatomy: Anatomy) -> list[Edit]:

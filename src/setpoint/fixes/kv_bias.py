@@ -1,8 +1,8 @@
 """KV bias: a slot for attention that has nowhere to go, put into a model's attentions.
 
 `KeyValueBias` is the method: in each attention a learnable key and value stand in front of the others, drawn from
-N(0, 0.02²), and the model is trained with them. `KeyValueSlot` puts the same slot in at a logit of -1e9, where it gets
-no weight: outputs stay exactly, and whoever trains later can open it (``kv_bias.slot_logit = 0``).
+N(0, 0.02²), and the model is trained with them. `KeyValueSlot` puts the same slot in at a logit of minus infinity,
+where it gets no weight: outputs stay exactly, and whoever trains later can open it (``kv_bias.slot_logit = 0``).
 
 torch's own `nn.MultiheadAttention` has the method built in (``bias_k``, ``bias_v``, behind the other keys instead of in
 front, which is the same to a softmax).
@@ -26,7 +26,9 @@ from setpoint.types import AttentionSite, Build, Edit, FixContext, Preserves, Re
 if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
 
-CLOSED = -1e9
+CLOSED = float("-inf")
+"""No finite number would do: float16 ends at -65,504, and to a row whose keys are all masked by the smallest number of
+its type, any larger one is an open door."""
 
 
 @dataclass(frozen=True)

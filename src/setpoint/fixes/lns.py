@@ -3,7 +3,8 @@
 In a Pre-LN network the stream grows with depth and deep blocks come close to the identity. `Scaling` puts
 `setpoint.nn.LayerNormScaling` around both norms of each layer, for training from scratch: a trained checkpoint computes
 something else afterwards. `Folding` is for inference with a model that was trained so: the factor goes into the norm's
-gain and shift, and outputs stay.
+gain and shift, or into the weights that read a norm without a gain, and outputs stay. The model is then a plain Pre-LN
+one: a Llama or GPT-2 that was scaled, trained and folded loads in transformers.
 
 Reference: Sun, Song, Li, Yin, Zheng and Liu, 2025, "The Curse of Depth in Large Language Models", arXiv 2502.05795.
 """
@@ -12,19 +13,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.fixing.base import Refused
 from setpoint.nn import LayerNormScaling
-from setpoint.surgery.fold import fold_scale
+from setpoint.surgery.anatomy import Anatomy
+from setpoint.surgery.copying import share
+from setpoint.surgery.editing import commit
+from setpoint.surgery.fold import cannot_scale_readers, fold_scale, scale_readers
 from setpoint.types import Build, Edit, FixContext, Preserves, Ref, Refusal, Stage
-
-if TYPE_CHECKING:
-    from setpoint.surgery import Anatomy
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,10 @@ class Scaling:
 
 @dataclass(frozen=True)
 class Folding:
-    """Put the factors of LayerNorm Scaling into the norms' gains and shifts; exact.
+    """Fold the factors of LayerNorm Scaling into the weights; exact.
+
+    A factor goes into the gain and shift of the norm that it multiplies. Where the norm has no gain, or shares it with
+    another norm, the factor goes into the weights that read the norm.
 
     Reference:
         Sun et al., 2025, arXiv 2502.05795.
@@ -130,22 +135,50 @@ class Folding:
         return _nothing_to_fold()
 
     def plan(self, ctx: FixContext) -> list[Edit]:
-        """The norm alone in the place of each scaled norm, with the factor in its parameters."""
-        edits: list[Edit] = []
-        for path, module in ctx.model.named_modules():
-            if not isinstance(module, LayerNormScaling):
-                continue
-            try:
-                module.fold()
-            except TypeError as error:
-                raise Refused(self.id, Refusal(path, str(error))) from error
-            edits.append(Edit(path, Ref(f"{path}.norm"), "its factor is in the gain"))
-            names = [name for name in ("weight", "bias") if isinstance(getattr(module.norm, name, None), Tensor)]
-            scaled = fold_scale(ctx.model, tuple(f"{path}.norm.{name}" for name in names), module.scale)
-            edits += [Edit(f"{path}.{name}", edit.value, edit.why) for name, edit in zip(names, scaled, strict=True)]
-        if not edits:
+        """The norm alone in the place of each scaled norm, with the factor in its parameters or in its readers."""
+        scaled = {path: module for path, module in ctx.model.named_modules() if isinstance(module, LayerNormScaling)}
+        if not scaled:
             raise Refused(self.id, _nothing_to_fold())
+        edits = [Edit(path, Ref(f"{path}.norm"), "its factor is in the weights") for path in scaled]
+        left: dict[str, float] = {}
+        for path, module in scaled.items():
+            names = _takes_factor(ctx.model, module)
+            if names:
+                into = fold_scale(ctx.model, tuple(f"{path}.{name}" for name in names), module.scale)
+                edits += [edit for edit in into if module.scale != 1.0]
+            elif module.scale != 1.0:
+                left[path] = module.scale
+        return [*edits, *self._into_readers(ctx, edits, left)] if left else edits
+
+    def _into_readers(self, ctx: FixContext, done: Sequence[Edit], factors: Mapping[str, float]) -> list[Edit]:
+        """Read the model again without its factors, to see who reads the norms, and scale those weights."""
+        trial = share(ctx.model)
+        commit(trial, done)
+        anatomy = Anatomy.trace(trial, ctx.batches[0], forward=ctx.forward)
+        edits: list[Edit] = []
+        for path, factor in factors.items():
+            site = anatomy.norms.get(path)
+            if site is None:
+                raise Refused(self.id, Refusal(path, "could not be read as a norm, so its readers are not known"))
+            refusal = cannot_scale_readers(anatomy, site)
+            if refusal is not None:
+                reason = f"has no gain of its own to take the factor, and its readers can't take it: {refusal}"
+                raise Refused(self.id, Refusal(path, reason))
+            more = scale_readers(trial, site, factor)
+            commit(trial, more)
+            edits += more
         return edits
+
+
+def _takes_factor(model: nn.Module, module: LayerNormScaling) -> list[str]:
+    """Names of the norm's parameters that a factor can go into; none if scaling them would not scale the norm alone."""
+    try:
+        module.fold()
+    except TypeError:
+        return []
+    held = {name: p for name in ("weight", "bias") if isinstance(p := getattr(module.norm, name, None), Tensor)}
+    owners = Counter(id(p) for other in model.modules() for p in other._parameters.values() if p is not None)
+    return list(held) if all(owners[id(p)] == 1 for p in held.values()) else []
 
 
 def _nothing_to_fold() -> Refusal:

@@ -81,12 +81,23 @@ def nothing_centred(anatomy: Anatomy) -> Refusal | None:
 
 
 def cannot_replace(anatomy: Anatomy, names: Collection[str]) -> Refusal | None:
-    """Norms that are no module of their own, or whose epsilon could not be read, can't be replaced by equals."""
+    """Norms that are no module of their own, or that could not be read exactly, can't be replaced by equals."""
     for name in names:
+        site = anatomy.norms[name]
         if "#" in name:
             return Refusal(name.partition("#")[0], "computes its norm in its own forward, where it can't be replaced")
-        if anatomy.norms[name].eps is None:
+        if site.eps is None:
             return Refusal(name, "its epsilon could not be read, so no equal norm can be put in its place")
+        hidden = any(
+            value is not None and not stored
+            for value, stored in ((site.gain, site.gain_parameter), (site.shift, site.shift_parameter))
+        )
+        if hidden or any(use.op and use.module == name for use in site.uses):
+            return Refusal(
+                name,
+                "does more than normalize and apply parameters of its own, so no equal norm can be put in its place; "
+                "if it scales its output, fold the factor first (lns-fold)",
+            )
     return None
 
 
@@ -199,7 +210,7 @@ def _rms_norm(model: nn.Module, anatomy: Anatomy, site: NormSite) -> list[Edit]:
         ("bias", site.shift, site.shift_parameter),
     ):
         if value is not None:
-            own = parameter(model, stored) if stored else None
-            same = own is not None and own.shape == value.shape and bool((own.detach() == value).all())
-            edits.append(Edit(f"{site.name}.{name}", own if same and own is not None else value, "kept"))
+            own = parameter(model, stored)
+            same = own.shape == value.shape and bool((own.detach() == value).all())
+            edits.append(Edit(f"{site.name}.{name}", own if same else value, "kept"))
     return edits

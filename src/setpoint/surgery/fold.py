@@ -7,6 +7,7 @@ projection, the queries may read one norm, keys and values another.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,6 +37,16 @@ def cannot_fold(anatomy: Anatomy, site: NormSite) -> Refusal | None:
             n.name != site.name and name in (n.gain_parameter, n.shift_parameter) for n in anatomy.norms.values()
         ):
             return Refusal(name, f"is the {word} of another norm too, which a fold would change")
+    return cannot_scale_readers(anatomy, site)
+
+
+def cannot_scale_readers(anatomy: Anatomy, site: NormSite) -> Refusal | None:
+    """Why a factor on a norm's output can't go into what reads it, None if it can.
+
+    Args:
+        anatomy: Of the model.
+        site: One of its norms.
+    """
     for use in site.uses:
         if not use.is_weight:
             return Refusal(
@@ -95,6 +106,22 @@ def fold_norm(model: nn.Module, site: NormSite) -> list[Edit]:
         stored = parameter(model, site.shift_parameter).detach()
         edits.append(Edit(site.shift_parameter, torch.zeros_like(stored), "its shift is in the readers"))
     return edits
+
+
+def scale_readers(model: nn.Module, site: NormSite, factor: float) -> list[Edit]:
+    """Multiply every weight that reads a norm by what multiplied the norm's output.
+
+    Args:
+        model: The model.
+        site: One of its norms; `cannot_scale_readers` must have said None.
+        factor: The factor.
+
+    Returns:
+        The edits.
+    """
+    scaled = replace(site, gain=torch.tensor(factor, dtype=torch.float64), shift=None)
+    names = dict.fromkeys(use.parameter for use in site.uses)
+    return [e for name in names for e in _into_reader(model, scaled, [u for u in site.uses if u.parameter == name])]
 
 
 def _into_reader(model: nn.Module, site: NormSite, uses: list[Use]) -> list[Edit]:
@@ -164,16 +191,15 @@ def _reads_no_zeros(reader: nn.Module) -> bool:
 
 
 def _met(vector: Tensor | None, use: Use, width: int, fill: float) -> Tensor | None:
-    """The norm's vector in the order in which the reader's input axis meets it."""
+    """The norm's vector, or one number for all channels, in the order in which the reader's input axis meets it."""
     if vector is None:
         return None
     vector = vector.detach().double().flatten()
     if use.slice is None:
-        assert vector.numel() == width
-        return vector
+        return vector.expand(width)
     index = torch.tensor(list(use.slice), device=vector.device)
     filling = torch.tensor(fill, dtype=vector.dtype, device=vector.device)
-    return torch.where(index >= 0, vector[index.clamp(min=0)], filling)
+    return torch.where(index >= 0, vector[index.clamp(min=0) if vector.numel() > 1 else 0], filling)
 
 
 def _along(vector: Tensor, like: Tensor, axis: int) -> Tensor:
