@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from setpoint.errors import InputError
-from setpoint.fixes.norm_sites import refusal_to_replace, replaceable, sizes_of
+from setpoint.fixes.norm_sites import channels_last, refusal_to_replace, replaceable, sizes_of
 from setpoint.fixes.pre_rmsnorm import in_its_place
 from setpoint.fixing.base import Refused
 from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage, Writer
@@ -93,7 +93,7 @@ class DynamicTanh:
             arguments = {
                 "normalized_shape": sizes_of(ctx.model, site, self.id),
                 "alpha_init_value": self._start(site.name in near_attention, width, language=language),
-                "channels_last": _channels_last(site),
+                "channels_last": channels_last(site),
                 "bias": site.shift is not None,
             }
             edits.append(Edit(site.name, Build("setpoint.nn:DyT", arguments), "tanh in place of the norm"))

@@ -46,7 +46,13 @@ def sizes_of(model: nn.Module, site: NormSite, fix: str) -> list[int]:
     """
     if site.gain is not None:
         return list(site.gain.shape)
-    found = getattr(model.get_submodule(site.name), "normalized_shape", None)
+    module = model.get_submodule(site.name)
+    found = getattr(module, "normalized_shape", getattr(module, "num_channels", None))
     if found is None:
         raise Refused(fix, Refusal(site.name, "the width that it normalizes over could not be read"))
     return [found] if isinstance(found, int) else list(found)
+
+
+def channels_last(site: NormSite) -> bool:
+    """Whether the gain of a norm runs along the last axes; that of a group norm runs along axis 1."""
+    return site.kind != "group" and site.axes[-1] == -1
