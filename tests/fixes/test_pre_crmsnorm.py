@@ -8,9 +8,11 @@ from torch import Tensor, nn
 
 from setpoint import fix
 from setpoint.errors import InputError
+from setpoint.fixing import Refused
 from setpoint.models import ClassToken, VisionConfig, VisionTransformer
 from setpoint.nn import CRMSNorm
 from setpoint.running import evaluated
+from setpoint.testing.tiny import shaken
 
 Make = Callable[..., tuple[nn.Module, Tensor]]
 
@@ -102,3 +104,57 @@ def test_converting_twice_is_converting_once(make: Make) -> None:
     model, batch = make("vit")
     once = fix(model, "pre-crmsnorm", [batch], timed=False).model
     assert fix(once, "pre-crmsnorm", [batch], timed=False).edits == ()
+
+
+class Product(nn.Module):
+    """A weight with no place for a bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight)
+
+
+class AcrossTokens(nn.Conv1d):
+    """Reads neighbouring tokens, and zeros behind the ends."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT).mT
+
+
+class SameWidth(nn.Linear):
+    """A model's own code may insist on the width that it was written for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.reshape(2, 5, 8))
+
+
+class Block(nn.Module):
+    def __init__(self, up: nn.Module) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), up, nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+@pytest.mark.parametrize(
+    ("reader", "why"),
+    [
+        (Product, r"1\.norm: can't be folded .* give the module a parameter 'bias'"),
+        (AcrossTokens, r"1\.norm: can't be folded .* zeros around a feature map"),
+        (SameWidth, "does not run afterwards, so the change was undone"),
+    ],
+)
+def test_a_model_that_can_not_be_narrowed_is_refused(reader: type[nn.Module], why: str) -> None:
+    model = shaken(nn.Sequential(nn.Linear(4, 8), Block(reader(8, 16)), nn.LayerNorm(8), nn.Linear(8, 3)))
+    parts = list(model.modules()), list(model.parameters())
+    with pytest.raises(Refused, match=why):
+        fix(model, "pre-crmsnorm", [torch.randn(2, 5, 4)], inplace=True)
+    assert all(a is b for a, b in zip(parts[0], model.modules(), strict=True))
+    assert all(a is b for a, b in zip(parts[1], model.parameters(), strict=True))

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
+from setpoint.errors import InputError
 from setpoint.fixes.pre_rmsnorm import cannot_replace, centred_stream, is_read_elsewhere, nothing_centred
 from setpoint.fixing.base import Refused
 from setpoint.nn import PreLN
@@ -104,7 +105,10 @@ class PreCRMSNorm:
             refusal = cannot_fold(anatomy, site) or _reads_by_head(site)
             if refusal is not None:
                 raise Refused(self.id, refusal)
-            do(fold_norm(trial, site))
+            try:
+                do(fold_norm(trial, site))
+            except InputError as error:  # a reader that has no place for the shift
+                raise Refused(self.id, Refusal(name, f"can't be folded into what reads it: {error}")) from error
         width = stream_width(trial, anatomy)
         do(drop_last([edit for edit in centring if edit not in entrances], _output_axes(anatomy)))
         for name in readers:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from setpoint.errors import InputError
-from setpoint.fixing.base import Fix, Refused
+from setpoint.fixing.base import Fix, NotExact, Refused
 from setpoint.fixing.exactness import judge
 from setpoint.fixing.measure import change_between
 from setpoint.fixing.result import Fixed
@@ -25,7 +25,7 @@ from setpoint.surgery import Anatomy
 from setpoint.surgery.comparing import double
 from setpoint.surgery.copying import at_home, editable, in_float64, share, whole
 from setpoint.surgery.editing import Undo, commit, rollback
-from setpoint.types import STAGES, Edit, FixContext, Loaded, Made
+from setpoint.types import STAGES, Edit, FixContext, Loaded, Made, Refusal
 
 Retrain = Callable[[nn.Module], None]
 
@@ -273,6 +273,11 @@ def _judged(each: Fix, before: nn.Module, after: nn.Module, run: _Run) -> tuple[
     old = in_float64(before)
     new = share(old)
     inputs = [double(batch) for batch in run.inputs]
-    with _runs(f"the model does not run after {each.id}, so the change was undone"):
-        commit(new, run.plan(each, new, _trace(new, inputs[0], run.loaded), inputs))
-        return judge(each.id, (old, new), (before, after), run.inputs, run.loaded.forward)
+    commit(new, run.plan(each, new, _trace(new, inputs[0], run.loaded), inputs))
+    try:
+        with _runs("it does not run afterwards, so the change was undone"):
+            return judge(each.id, (old, new), (before, after), run.inputs, run.loaded.forward)
+    except (NotExact, Refused):
+        raise
+    except InputError as error:
+        raise Refused(each.id, Refusal("", str(error))) from error
