@@ -36,7 +36,9 @@ def fix(
     retrain: Annotated[
         str | None,
         typer.Option(
-            metavar="DATA", help="Train on this (a data set's name, or a text file) afterwards.", show_default=False
+            metavar="DATA",
+            help="Train on this afterwards: a data set's name, a text, or a folder of images with a subfolder a class.",
+            show_default=False,
         ),
     ] = None,
     steps: Annotated[int, typer.Option(help="Training steps of --retrain.")] = 1000,
