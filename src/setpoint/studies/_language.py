@@ -30,8 +30,9 @@ SOURCE = "python-stdlib"
 MEASURED: dict[SiteRole, frozenset[Stat]] = {role: frozenset({Stat.MOMENTS}) for role in ("embedding", "residual")}
 STUCK = 0.02
 """A model that is not this much better, in nats, than the frequencies of single bytes has not learned."""
-DIVERGED = 5.545
-"""What a run that diverged counts as: the loss, in nats, of a guess among 256 bytes that are equally likely."""
+DIVERGED = log(256)
+"""What a run that diverged counts as: the loss, in nats, of a guess among 256 bytes that are equally likely. `learn`
+gives no loss above it, so that diverging is never milder than a bad loss."""
 SPIKE = 0.5
 """A step whose loss is this much above the median of the steps before it is a spike, in nats."""
 
@@ -146,7 +147,7 @@ def learn(
         callbacks: As for `setpoint.train.train`.
 
     Raises:
-        Diverged: The loss stopped being finite.
+        Diverged: The loss stopped being finite, or the held-out loss is worse than that of a uniform guess.
     """
     text = corpus(budget["context"], ctx.data)
     try:
@@ -166,7 +167,10 @@ def learn(
         )
     except NonFiniteLoss as error:
         raise Diverged(str(error)) from error
-    return Learned(model, history, history.final["loss"])
+    loss, guess = history.final["loss"], log(text.vocab_size)
+    if not loss <= guess:
+        raise Diverged(f"the held-out loss is {loss:.3f} nats, a uniform guess has {guess:.3f}")
+    return Learned(model, history, loss)
 
 
 def conditions(budget: Budget) -> dict[str, float | int | str]:
@@ -196,7 +200,8 @@ def largest_rate(
         run: ``run(rate, index)`` gives a held-out loss, and may raise `Diverged`.
 
     Returns:
-        ``rates_that_train``, ``largest_rate`` and ``best_loss``, and the held-out loss over the rate.
+        ``rates_that_train``, ``largest_rate``, ``best_loss``, and ``mean_loss`` over all rates, where one that doesn't
+        train counts as the bar it missed; and the held-out loss over the rate.
     """
     bar = unigram(budget["context"], ctx.data) - STUCK
     losses = []
@@ -213,6 +218,7 @@ def largest_rate(
             "rates_that_train": float(len(trained)),
             "largest_rate": max(trained, default=rates[0] * rates[0] / rates[1]),
             "best_loss": min(min(losses), worst),
+            "mean_loss": sum(min(loss, bar) for loss in losses) / len(losses),
         },
         Series(
             "held-out loss (nats per byte) over learning rate",
