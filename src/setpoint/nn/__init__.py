@@ -26,7 +26,10 @@ from setpoint.nn.norm.batchnorm_tools import fold_batchnorm, freeze_batchnorm, r
 from setpoint.nn.norm.dyt import DyT
 from setpoint.nn.norm.functional import crms_norm, layer_norm, rms_norm
 from setpoint.nn.norm.layernorm import LayerNorm, LayerNorm2d, LayerNormCHW
+from setpoint.nn.norm.online_norm import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
+from setpoint.nn.norm.powernorm import GroupScaling, PowerNorm, PowerNormV
 from setpoint.nn.norm.rmsnorm import CRMSNorm, RMSNorm
+from setpoint.nn.norm.unified_norm import UnifiedNorm
 
 # recurrent cells
 from setpoint.nn.recurrent import LNLSTM, LNGRUCell, LNLSTMCell
@@ -40,6 +43,7 @@ __all__ = [
     "DyT",
     "FrozenBatchNorm",
     "GhostBatchNorm",
+    "GroupScaling",
     "KVBias",
     "LNGRUCell",
     "LNLSTMCell",
@@ -48,6 +52,9 @@ __all__ = [
     "LayerNormCHW",
     "LayerNormScaling",
     "MaskedBatchNorm1d",
+    "OnlineNorm1d",
+    "OnlineNorm2d",
+    "OnlineNorm3d",
     "OutputLN",
     "OutputNorm",
     "PeriLN",
@@ -55,10 +62,13 @@ __all__ = [
     "Placement",
     "PostLN",
     "PostNorm",
+    "PowerNorm",
+    "PowerNormV",
     "PreLN",
     "PreNorm",
     "RMSNorm",
     "ScaledPreNorm",
+    "UnifiedNorm",
     "crms_norm",
     "fold_batchnorm",
     "freeze_batchnorm",
