@@ -1,7 +1,7 @@
 """ScaleNorm: every norm of a model becomes ``g x / ||x||`` with one learned number g, to be trained from there.
 
-Where a LayerNorm or RMSNorm over the last axis stands, a `setpoint.nn.ScaleNorm` of the same width takes its place. What
-the old norms had learned, a gain and a shift for each channel, is not kept. Batch norms stay.
+Where a LayerNorm or RMSNorm over the last axis stands, a `setpoint.nn.ScaleNorm` of the same width takes its place.
+What the old norms had learned, a gain and a shift for each channel, is not kept. Batch norms stay.
 
 Reference: Nguyen and Salazar, 2019, "Transformers without Tears", arXiv 1910.05895.
 """

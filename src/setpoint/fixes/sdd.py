@@ -2,8 +2,8 @@
 
 Every linear layer of attention and feed-forward becomes a `setpoint.nn.SDDLinear` with the weight that it had: the
 matrix sets the direction of what comes out, and a learned vector alpha its size. Alpha starts at 1, and where a layer
-writes to the residual stream at ``1 / sqrt(2 L)`` in a stack of L blocks with two branches each. Head and embeddings stay
-as they are, since normalized logits would be bounded.
+writes to the residual stream at ``1 / sqrt(2 L)`` in a stack of L blocks with two branches each. Head and embeddings
+stay as they are, since normalized logits would be bounded.
 
 Queries or keys that have a norm of their own already keep it and their plain layer. A feed-forward whose gate and up
 projection are one matrix is normalized over both together, as the authors do; queries, keys and values in one matrix
@@ -48,8 +48,8 @@ class Decoupling:
         >>> from setpoint import fix
         >>> from setpoint.testing.tiny import tiny
         >>> model, batch = tiny("decoder")
-        >>> sorted({type(m).__name__ for m in fix(model, Decoupling(), [batch]).model.blocks[0].modules()})
-        []
+        >>> fix(model, Decoupling(), [batch]).model.stack.blocks[0].attention.sublayer.o_proj
+        SDDLinear(in_features=16, out_features=16, bias=False, eps=1e-06, alpha_init=0.5)
     """
 
     residual_alpha: float | None = None

@@ -13,6 +13,10 @@ from setpoint.nn.block.lns import LayerNormScaling, ScaledPreNorm
 from setpoint.nn.block.peri_ln import OutputLN, OutputNorm, PeriLN, PeriNorm
 from setpoint.nn.block.pre_ln import PostLN, PostNorm, PreLN, PreNorm
 
+# how weights start
+from setpoint.nn.init.data_dependent import data_dependent_init
+from setpoint.nn.init.small_init import small_init_
+
 # norms: statistics over an example, over a batch, or none at all
 from setpoint.nn.norm.batchnorm import (
     BatchNorm1d,
@@ -24,15 +28,23 @@ from setpoint.nn.norm.batchnorm import (
 )
 from setpoint.nn.norm.batchnorm_tools import fold_batchnorm, freeze_batchnorm, recalibrate
 from setpoint.nn.norm.dyt import DyT
+from setpoint.nn.norm.fixnorm import FixNormEmbedding
 from setpoint.nn.norm.functional import crms_norm, layer_norm, rms_norm
 from setpoint.nn.norm.layernorm import LayerNorm, LayerNorm2d, LayerNormCHW
-from setpoint.nn.norm.online_norm import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
-from setpoint.nn.norm.powernorm import GroupScaling, PowerNorm, PowerNormV
+from setpoint.nn.norm.mean_only_batchnorm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from setpoint.nn.norm.rmsnorm import CRMSNorm, RMSNorm
-from setpoint.nn.norm.unified_norm import UnifiedNorm
+from setpoint.nn.norm.scalenorm import ScaleNorm, scale_norm
+from setpoint.nn.norm.sdd import SDDLinear
 
 # recurrent cells
 from setpoint.nn.recurrent import LNLSTM, LNGRUCell, LNLSTMCell
+
+# weights as functions of other parameters: put on a layer, folded away again
+from setpoint.nn.weight.conditioning import WeightConditioning, condition_model, condition_number, condition_weight
+from setpoint.nn.weight.reparametrize import fold_weights
+from setpoint.nn.weight.spectral_norm import spectral_norm
+from setpoint.nn.weight.standardization import WeightStandardization, standardize_weights, weight_standardization
+from setpoint.nn.weight.weightnorm import WeightNorm, apply_weight_norm, remove_weight_norm, weight_norm
 
 __all__ = [
     "LNLSTM",
@@ -41,9 +53,9 @@ __all__ = [
     "BatchNorm3d",
     "CRMSNorm",
     "DyT",
+    "FixNormEmbedding",
     "FrozenBatchNorm",
     "GhostBatchNorm",
-    "GroupScaling",
     "KVBias",
     "LNGRUCell",
     "LNLSTMCell",
@@ -52,9 +64,9 @@ __all__ = [
     "LayerNormCHW",
     "LayerNormScaling",
     "MaskedBatchNorm1d",
-    "OnlineNorm1d",
-    "OnlineNorm2d",
-    "OnlineNorm3d",
+    "MeanOnlyBatchNorm1d",
+    "MeanOnlyBatchNorm2d",
+    "MeanOnlyBatchNorm3d",
     "OutputLN",
     "OutputNorm",
     "PeriLN",
@@ -62,18 +74,33 @@ __all__ = [
     "Placement",
     "PostLN",
     "PostNorm",
-    "PowerNorm",
-    "PowerNormV",
     "PreLN",
     "PreNorm",
     "RMSNorm",
+    "SDDLinear",
+    "ScaleNorm",
     "ScaledPreNorm",
-    "UnifiedNorm",
+    "WeightConditioning",
+    "WeightNorm",
+    "WeightStandardization",
+    "apply_weight_norm",
+    "condition_model",
+    "condition_number",
+    "condition_weight",
     "crms_norm",
+    "data_dependent_init",
     "fold_batchnorm",
+    "fold_weights",
     "freeze_batchnorm",
     "layer_norm",
     "placement",
     "recalibrate",
+    "remove_weight_norm",
     "rms_norm",
+    "scale_norm",
+    "small_init_",
+    "spectral_norm",
+    "standardize_weights",
+    "weight_norm",
+    "weight_standardization",
 ]

@@ -1,0 +1,1 @@
+"""How weights start, one file a method; import them from `setpoint.nn`."""

@@ -1,0 +1,1 @@
+"""Weights written as functions of other parameters, one file a method; import them from `setpoint.nn`."""
