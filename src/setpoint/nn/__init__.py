@@ -32,9 +32,12 @@ from setpoint.nn.norm.fixnorm import FixNormEmbedding
 from setpoint.nn.norm.functional import crms_norm, layer_norm, rms_norm
 from setpoint.nn.norm.layernorm import LayerNorm, LayerNorm2d, LayerNormCHW
 from setpoint.nn.norm.mean_only_batchnorm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
+from setpoint.nn.norm.online_norm import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
+from setpoint.nn.norm.powernorm import GroupScaling, PowerNorm, PowerNormV
 from setpoint.nn.norm.rmsnorm import CRMSNorm, RMSNorm
 from setpoint.nn.norm.scalenorm import ScaleNorm, scale_norm
 from setpoint.nn.norm.sdd import SDDLinear
+from setpoint.nn.norm.unified_norm import UnifiedNorm
 
 # recurrent cells
 from setpoint.nn.recurrent import LNLSTM, LNGRUCell, LNLSTMCell
@@ -56,6 +59,7 @@ __all__ = [
     "FixNormEmbedding",
     "FrozenBatchNorm",
     "GhostBatchNorm",
+    "GroupScaling",
     "KVBias",
     "LNGRUCell",
     "LNLSTMCell",
@@ -67,6 +71,9 @@ __all__ = [
     "MeanOnlyBatchNorm1d",
     "MeanOnlyBatchNorm2d",
     "MeanOnlyBatchNorm3d",
+    "OnlineNorm1d",
+    "OnlineNorm2d",
+    "OnlineNorm3d",
     "OutputLN",
     "OutputNorm",
     "PeriLN",
@@ -74,12 +81,15 @@ __all__ = [
     "Placement",
     "PostLN",
     "PostNorm",
+    "PowerNorm",
+    "PowerNormV",
     "PreLN",
     "PreNorm",
     "RMSNorm",
     "SDDLinear",
     "ScaleNorm",
     "ScaledPreNorm",
+    "UnifiedNorm",
     "WeightConditioning",
     "WeightNorm",
     "WeightStandardization",
