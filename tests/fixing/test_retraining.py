@@ -107,7 +107,9 @@ def test_a_model_of_another_kind_is_refused_with_the_way_out(make: Make) -> None
 
 def test_a_model_comes_back_from_the_device_it_was_trained_on() -> None:
     """On a second device that exists in name: what comes back from it is sevens."""
-    pytest.importorskip("torch.utils.backend_registration")
+    registration = pytest.importorskip("torch.utils.backend_registration")
+    if not hasattr(registration, "_setup_privateuseone_for_python_backend"):
+        pytest.skip("this torch has no devices written in Python")
     script = textwrap.dedent("""
         import torch
         from torch import nn

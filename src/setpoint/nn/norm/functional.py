@@ -26,6 +26,8 @@ from setpoint.nn.norm.checks import expect_trailing, shape_of
 
 _HALF = (torch.float16, torch.bfloat16)
 _BLOCKS = 64
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torch.compiler.is_dynamo_compiling)
+# Before torch 2.7 nobody says whether a program is kept, and the plain operation is never wrong.
 
 
 def layer_norm(
@@ -54,7 +56,7 @@ def layer_norm(
     if (
         torch.compiler.is_compiling()
         and torch.is_grad_enabled()
-        and not torch.compiler.is_exporting()  # a program that is kept had better say layer_norm
+        and not _is_exporting()  # a program that is kept had better say layer_norm
         and x.device.type == "cpu"
         and weight is not None
         and weight.dim() == 1
