@@ -129,7 +129,8 @@ def time_ratio(before: nn.Module, after: nn.Module, batch: Any, forward: Forward
             `BUDGET`.
 
     Returns:
-        The median of the ratios, or None where the old model against itself is off by more than `NOISE`.
+        The median of the ratios, or None where the old model against itself is off by more than `NOISE`, or so unsteady
+        that its median is not known to `NOISE`.
     """
 
     def seconds(model: nn.Module) -> float:
@@ -144,7 +145,10 @@ def time_ratio(before: nn.Module, after: nn.Module, batch: Any, forward: Forward
     warm = seconds(before) + seconds(after)
     rounds = min(15, max(3, int(BUDGET / (1.5 * warm + 1e-6))))
     taken = [(seconds(before), seconds(after), seconds(before)) for _ in range(rounds)]
-    plain = statistics.median(b / a for a, _, b in taken)
-    if abs(plain - 1.0) > NOISE:
+    controls = [b / a for a, _, b in taken]
+    plain = statistics.median(controls)
+    spread = statistics.median(abs(control - plain) for control in controls)
+    error = 1.86 * spread / math.sqrt(rounds)  # of the median, if ratios are about normal
+    if abs(plain - 1.0) > NOISE or error > NOISE:
         return None
     return statistics.median(2 * new / (a + b) for a, new, b in taken)
