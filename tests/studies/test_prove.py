@@ -36,8 +36,9 @@ def test_a_real_effect_holds_and_settings_are_each_arms_best(own_study: Path, db
     assert [judgement.verdict for judgement in proof.judgements] == ["holds", "holds"]
     (study,) = proof.studies
     assert {arm.name: arm.setting for arm in study.arms} == {"plain": {"lr": 0.1}, "method": {"lr": 0.4}}
-    assert [len(arm.trials) for arm in study.arms] == [3, 3]
-    assert any("edge of its grid: lr 0.4" in note for note in study.notes)
+    assert [{trial.setting["lr"] for trial in arm.trials} for arm in study.arms] == [{0.05, 0.1, 0.2, 0.4, 0.8}] * 2
+    assert study.notes == ()
+    assert "beyond the declared grid every arm tried lr 0.05 and 0.8" in study.tuning
     assert study.arms[0].cost["parameters"] == 10
     assert study.arms[0].cost["memory"] > 0
     assert study.arms[0].curves[0].x == (0.0, 1.0, 2.0)
@@ -65,7 +66,7 @@ def test_a_second_call_runs_nothing(own_study: Path, db: Path, logged: Logged) -
     first = prove(str(own_study), jobs=1, store=db)
     count = len(logged(own_study))
     second = prove(str(own_study), jobs=1, store=db)
-    assert len(logged(own_study)) == count == 14
+    assert len(logged(own_study)) == count == 18
     assert second.studies == first.studies
 
 

@@ -88,6 +88,8 @@ class Tuning:
         seeds: Seeds per setting.
         minutes: The stage stops after this time; the settings that every arm has tried then decide.
         options: Sizes that differ from those of the budget, such as fewer steps.
+        widen: How many values may be added at an end of an axis of numbers while some arm is best there: on a shared
+            axis for every arm, on a knob for the arms that have it. They go on by the ratio of the last two.
     """
 
     grid: Mapping[str, tuple[Any, ...]]
@@ -96,9 +98,10 @@ class Tuning:
     seeds: int = 1
     minutes: float = 60.0
     options: Mapping[str, Any] = field(default_factory=dict)
+    widen: int = 2
 
     def settings(self, arm: Arm) -> list[dict[str, Any]]:
-        """Every combination that ``arm`` tries, in a fixed order."""
+        """Every combination that is declared for ``arm``, in a fixed order."""
         axes = {**self.grid, **arm.knobs}
         return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
@@ -180,7 +183,7 @@ class Study:
         return next(arm for arm in self.arms if arm.name == name)
 
     def settings(self, arm: Arm) -> list[dict[str, Any]]:
-        """Every setting that tuning tries for ``arm``; one empty setting without tuning."""
+        """Every setting that tuning tries for ``arm`` at first; one empty setting without tuning."""
         return self.tuning.settings(arm) if self.tuning else [{}]
 
 
@@ -310,6 +313,8 @@ def _check_grid(where: str, tuning: Tuning, arm: Arm) -> None:
         _check_plain(where, {name: list(values)})
     if tuning.seeds < 1:
         raise InputError(f"{where} tuning needs at least one seed, got {tuning.seeds}")
+    if tuning.widen < 0:
+        raise InputError(f"{where} widen is how many values may be added at an end, 0 for none, got {tuning.widen}")
     _check_plain(where, tuning.options)
 
 

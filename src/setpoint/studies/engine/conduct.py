@@ -120,16 +120,35 @@ class Conduct:
         study, under = self.study, self.under
         if study.tuning is None:
             return Tuned({arm.name: {} for arm in study.arms}, {}, "")
-        plan = tuning.plan(study, self._tuning_task)
-        known = {task.key.hash: row for task in plan if (row := under.store.get(task.key)) and row.outcome}
-        if len(known) < len(plan):
-            if not under.tune and (tuned := self._shipped()) is not None:
-                return tuned
-            if not under.tune and under.budget == "smoke":
-                return Tuned({arm.name: study.settings(arm)[0] for arm in study.arms}, {}, "not tuned: a smoke run")
-            deadline = tuning.time_left(study, list(known.values()), self._jobs())
-            known |= self._do(plan, f"tuning {study.name}", deadline)
-        return tuning.choose(study, self._tuning_task, known)
+        rows = self._tuning_rows()
+        waiting = self._waiting(rows)
+        if waiting and not under.tune and (tuned := self._shipped()) is not None:
+            return tuned
+        if waiting and not under.tune and under.budget == "smoke":
+            return Tuned({arm.name: study.settings(arm)[0] for arm in study.arms}, {}, "not tuned: a smoke run")
+        deadline = tuning.time_left(study, list(rows.values()), self._jobs())
+        while waiting:
+            found = self._do(waiting, f"tuning {study.name}", deadline)
+            rows |= found
+            waiting = self._waiting(rows) if len(found) == len(waiting) else []
+        return tuning.choose(study, self._tuning_task, rows)
+
+    def _waiting(self, rows: Mapping[str, Row]) -> list[Task]:
+        """The tuning runs that come next, given what has been run."""
+        grid = tuning.grids(self.study, self._tuning_task, rows)[-1]
+        return tuning.missing(self.study, grid, self._tuning_task, rows)
+
+    def _tuning_rows(self) -> dict[str, Row]:
+        """Tuning runs that are in the store; one that broke is run again."""
+        found = self.under.store.rows(
+            method=self.study.key,
+            study=self.study.name,
+            stage="tune",
+            budget=self.under.budget,
+            fingerprint=self._fingerprints["tune"],
+            data=self.under.corpus,
+        )
+        return {row.key.hash: row for row in found if row.outcome}
 
     def _shipped(self) -> Tuned | None:
         """What the package's own result was tuned to, if it has all arms of this study."""
