@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -142,6 +143,31 @@ def test_a_run_that_diverged_counts_as_the_claim_says() -> None:
     assert counted.verdict == "holds"
     assert "count as 2.2" in counted.reason
     assert counted.pairs[1].baseline == 2.2
+
+
+@pytest.mark.parametrize(("better", "worst"), [("lower", 7.0), ("higher", 1.0)])
+def test_a_run_that_diverged_is_never_ahead_of_one_that_ended_badly(
+    better: Literal["lower", "higher"], worst: float
+) -> None:
+    """The claim counts a divergence as 2.2; another run, finite, ended at 7 (or at 1 where higher is better)."""
+    data = runs([1.0, 1.1, 7.0], [2.0, 2.1, 2.0])
+    data["theirs"][1] = row("theirs", 1, "diverged")
+    found = judge(replace(CLAIM, diverged=2.2, better=better), data, range(3))
+    assert found.pairs[1].baseline == worst
+    assert f"count as {worst:g}, the worst value of a run that did not" in found.reason
+
+
+def test_a_control_that_ended_badly_bounds_what_diverged_from_below() -> None:
+    claim = replace(CLAIM, criterion=NotWorse(0.1), control="nothing", diverged=2.2)
+    data = runs([2.0, 2.0, 2.0], [2.0, 2.1, 2.0], nothing=[9.0, 9.0, 9.0])
+    data["ours"][1] = row("ours", 1, "diverged")
+    assert judge(claim, data, range(3)).pairs[1].method == 9.0
+
+
+def test_runs_that_all_diverged_count_as_the_claim_says() -> None:
+    data = {arm: {seed: row(arm, seed, "diverged") for seed in range(3)} for arm in ("ours", "theirs")}
+    found = judge(replace(CLAIM, diverged=2.2), data, range(3))
+    assert [(pair.method, pair.baseline) for pair in found.pairs] == [(2.2, 2.2)] * 3
 
 
 def test_divergence_itself_is_a_metric() -> None:

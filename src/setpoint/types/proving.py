@@ -194,8 +194,8 @@ class Claim:
         scale: ``"difference"``, in the metric's unit, or ``"ratio"``: effects and bounds are then fractions, 0.01 for
             one per cent and 1.0 for twice as good. A ratio needs positive metrics.
         unit: The metric's unit in words.
-        diverged: What the metric counts as for a run that diverged. None: such a run leaves the claim undecided. It is
-            never left out.
+        diverged: What the metric counts as for a run that diverged, or the worst finite value of the claim's arms if
+            that is worse. None: such a run leaves the claim undecided. It is never left out.
         control: For `NotWorse` and `Equal`, an arm that should fail the criterion if the study can tell anything.
         steady: Name of a metric of the same runs that should be 0 (plain against plain, as a fraction). Beyond ±2 % in
             any replicate this machine is too restless for the claim, which then stays undecided.

@@ -73,17 +73,31 @@ def judge(claim: Claim, runs: Runs, replicates: Sequence[int]) -> Judgement:
     return Judgement(claim, verdict, reason, effect, pairs, control)
 
 
-def _value(claim: Claim, row: Row) -> float | None:
-    """The metric of one run; None when the run diverged and the claim does not say what that counts as."""
+def _value(claim: Claim, row: Row, diverged: float | None) -> float | None:
+    """The metric of one run; ``diverged`` for one that diverged."""
     if claim.metric == "diverged":
         return float(row.status == "diverged")
     if row.status == "diverged":
-        return claim.diverged
+        return diverged
     assert row.outcome is not None
     if claim.metric not in row.outcome.metrics:
         known = ", ".join(row.outcome.metrics) or "none"
         raise InputError(f"claim {claim.text!r}: no run has the metric {claim.metric!r}; there are {known}, diverged")
     return float(row.outcome.metrics[claim.metric])
+
+
+def _counts_as(claim: Claim, runs: Runs, replicates: Sequence[int]) -> float | None:
+    """What a run that diverged counts as: what the claim says, or the worst value of its arms if that is worse.
+
+    A study can't know beforehand how bad a run may end that stays finite; one that broke down is never ahead of it.
+    None if the claim says nothing.
+    """
+    if claim.diverged is None:
+        return None
+    rows = (runs.get(arm, {}).get(replicate) for arm in _arms(claim) for replicate in replicates)
+    finite = [row.outcome.metrics.get(claim.metric) for row in rows if row and row.status == "done" and row.outcome]
+    worst = min if claim.better == "higher" else max
+    return worst([claim.diverged, *(float(value) for value in finite if value is not None)])
 
 
 def _arms(claim: Claim) -> list[str]:
@@ -107,8 +121,8 @@ def _present(claim: Claim, runs: Runs, replicates: Sequence[int]) -> None:
 def _restless(claim: Claim, runs: Runs, replicates: Sequence[int]) -> None:
     if claim.steady is None:
         return
-    probe = replace(claim, metric=claim.steady, diverged=math.inf)
-    moved = max(abs(_value(probe, runs[claim.method][replicate]) or 0.0) for replicate in replicates)
+    probe = replace(claim, metric=claim.steady)
+    moved = max(abs(_value(probe, runs[claim.method][replicate], math.inf) or 0.0) for replicate in replicates)
     if moved > STEADY:
         raise _Undecided(
             f"not measurable here: plain against plain moved by {100 * moved:.1f} %, more than {100 * STEADY:.0f} %"
@@ -117,14 +131,16 @@ def _restless(claim: Claim, runs: Runs, replicates: Sequence[int]) -> None:
 
 def _values(claim: Claim, arm: str, runs: Runs, replicates: Sequence[int]) -> _Values:
     rows = {replicate: runs[arm][replicate] for replicate in replicates}
+    counts_as = _counts_as(claim, runs, replicates)
     diverged = [replicate for replicate, row in rows.items() if row.status == "diverged"]
-    if not diverged or claim.metric == "diverged":
-        return _Values({replicate: _value(claim, row) or 0.0 for replicate, row in rows.items()}, "")
-    words = f"{len(diverged)} of {len(rows)} runs of {arm} diverged"
-    if claim.diverged is None:
-        raise _Undecided(f"{words}, and the claim does not say what that counts as")
-    values = {replicate: _value(claim, row) or 0.0 for replicate, row in rows.items()}
-    return _Values(values, f"{words} and count as {claim.diverged:g}")
+    note = ""
+    if diverged and claim.metric != "diverged":
+        note = f"{len(diverged)} of {len(rows)} runs of {arm} diverged"
+        if counts_as is None:
+            raise _Undecided(f"{note}, and the claim does not say what that counts as")
+        note += f" and count as {counts_as:g}"
+        note += "" if counts_as == claim.diverged else ", the worst value of a run that did not"
+    return _Values({replicate: _value(claim, row, counts_as) or 0.0 for replicate, row in rows.items()}, note)
 
 
 def _effect(claim: Claim, arm: str, runs: Runs, replicates: Sequence[int]) -> tuple[Interval, list[str]]:
@@ -179,8 +195,9 @@ def _pairs(claim: Claim, runs: Runs, replicates: Sequence[int]) -> tuple[Pair, .
         row = runs.get(arm, {}).get(replicate) if arm is not None else None
         if row is None or row.status not in ("done", "diverged") or isinstance(claim.criterion, Shape):
             return None
-        return _value(claim, row)
+        return _value(claim, row, counts_as)
 
+    counts_as = _counts_as(claim, runs, replicates)
     return tuple(Pair(r, value(claim.method, r), value(claim.baseline, r)) for r in replicates)
 
 
