@@ -6,14 +6,27 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from torch import nn
 
 from setpoint.catalog import items
 from setpoint.fixing.spec import fix_class
+from setpoint.nn import weight_norm
 from setpoint.testing import check_fix
 from setpoint.testing.tiny import tiny
 
 FIXES = sorted(name for name, (_, item) in items().items() if item.kind == "fix")
-OWN = {"lns-fold": partial(tiny, "scaled")}
+
+
+def normalized() -> tuple[nn.Module, torch.Tensor]:
+    """The tiny encoder with every linear layer of its own under weight normalization."""
+    model, batch = tiny("encoder")
+    weight_norm(model[0])
+    weight_norm(model[2])
+    return model, batch
+
+
+OWN = {"lns-fold": partial(tiny, "scaled"), "fold-weights": normalized}
 """Models for fixes that are made for one kind of model alone."""
 
 

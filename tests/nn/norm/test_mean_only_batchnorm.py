@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from setpoint.errors import InputError
 from setpoint.nn import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
+from setpoint.testing.layer_case import Case, run
+from setpoint.testing.pair import gradients_on_two
 
 
 def test_training_output_has_the_bias_for_mean_and_the_inputs_variance() -> None:
@@ -68,3 +71,14 @@ def test_other_sizes_are_refused() -> None:
         MeanOnlyBatchNorm2d(3)(torch.randn(4, 3, 5))
     with pytest.raises(InputError, match="at least 1"):
         MeanOnlyBatchNorm1d(0)
+
+
+def test_the_mean_is_that_of_both_processes() -> None:
+    """Seen in the gradient of a layer behind the norm, which is a sum over its inputs."""
+    x = torch.randn(4, 3) + torch.tensor([[0.0], [0.0], [5.0], [5.0]])
+    layer = Case(lambda: nn.Sequential(MeanOnlyBatchNorm1d(3), nn.Linear(3, 2)), (x,)).layer()
+    centred = x - x.mean(0) + layer[0].bias.detach()
+    alone = [run(layer[1], (half,)).parameter_gradients["weight"] for half in (centred[:2], centred[2:])]
+    for outcome, problem in gradients_on_two(layer, [(x[:2],), (x[2:],)]):
+        assert outcome is not None, problem
+        torch.testing.assert_close(outcome["1.weight"], (alone[0] + alone[1]) / 2, atol=1e-5, rtol=1e-5)

@@ -3,6 +3,7 @@
 ``y = x - mean + bias``; evaluation takes a running average in place of the mean (Salimans and Kingma, 2016, section 4,
 arXiv 1602.07868). It goes with weight normalization, which has the scale already: `weight_norm` the layer in front and
 make it without a bias. Its noise is a sum over examples where batch normalization's is a quotient, so it is gentler.
+Under `torch.distributed` the mean is that of all processes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from setpoint.errors import InputError
 from setpoint.nn.norm.checks import expect_channels
 from setpoint.nn.norm.functional import wide
+from setpoint.nn.norm.stateful import mean_over_positions
 from setpoint.optim.decay import no_weight_decay
 
 
@@ -63,17 +65,19 @@ class _MeanOnlyBatchNorm(nn.Module):
         """Centre ``(N, C, *)``; shape and dtype stay."""
         expect_channels(x, self.num_features, type(self).__name__, self.dims)
         shape = (-1, *(1,) * (x.dim() - 2))
-        batch = self.training and x.numel() > 0  # an empty batch has no mean
-        mean = self._batch_mean(wide(x)) if batch else wide(self.running_mean)
+        mean = self._batch_mean(x) if self.training else wide(self.running_mean)
         shift = -mean if self.bias is None else wide(self.bias) - mean
         return (wide(x) + shift.view(shape)).to(x.dtype)
 
     def _batch_mean(self, x: Tensor) -> Tensor:
-        mean = x.mean((0, *range(2, x.dim())))
+        """The mean over the batches of all processes, taken into the average; where all are empty, the average."""
+        mean, count = mean_over_positions(wide(x).movedim(1, -1), None)
+        running = wide(self.running_mean)
+        mean = torch.where(count > 0, mean, running)
         with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            new = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-            self.running_mean.copy_(self.running_mean + new * (mean.detach() - self.running_mean))
+            self.num_batches_tracked.add_((count > 0).squeeze())
+            new = 1.0 / self.num_batches_tracked.clamp_min(1) if self.momentum is None else self.momentum
+            self.running_mean.copy_(running + new * (mean.detach() - running))
         return mean
 
     def extra_repr(self) -> str:

@@ -17,6 +17,7 @@ from torch.nn.utils import parametrize
 
 from setpoint.errors import InputError
 from setpoint.nn.weight.units import units_of
+from setpoint.running import kept_modes
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -146,9 +147,13 @@ def parametrized(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
 
 @torch.no_grad()
 def plain(module: nn.Module, name: str) -> Tensor:
-    """The tensor that a parametrized name stands for, on its own: a parameter if what it is made of are parameters."""
-    originals = list(_lists(module)[name].parameters())
-    value: Tensor = getattr(module, name).detach().clone()
+    """What a parametrized name stands for in evaluation: a parameter if what it is made of are parameters."""
+    parametrizations = _lists(module)[name]
+    originals = list(parametrizations.parameters())
+    with kept_modes(parametrizations):
+        for part in parametrizations.modules():
+            part.training = False  # spectral norm would move its estimate on
+        value: Tensor = getattr(module, name).detach().clone()
     if not originals:
         return value
     return nn.Parameter(value, requires_grad=any(p.requires_grad for p in originals))

@@ -1,0 +1,96 @@
+"""Fold weights: a plain tensor where a model computes a weight from others at every use; for inference, exact.
+
+Weight normalization, weight conditioning, weight standardization, spectral norm: whatever `torch.nn.utils.parametrize`
+holds, of setpoint or of others. Speech models often come with it (the positional convolution of Wav2Vec2, vocoders).
+The layer gets back its plain class, so that it can be quantized, exported and pickled. Weights that are shared stay
+shared.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor, nn
+
+from setpoint.fixing.base import Refused
+from setpoint.nn.weight.reparametrize import parametrized, plain
+from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage
+
+if TYPE_CHECKING:
+    from setpoint.surgery import Anatomy
+
+
+@dataclass(frozen=True)
+class FoldWeights:
+    """Replace every parametrized weight by the tensor that it stands for in evaluation; exact.
+
+    Reference:
+        Salimans and Kingma, 2016, "Weight Normalization", arXiv 1602.07868.
+
+    Example:
+        >>> import torch
+        >>> from setpoint import fix
+        >>> from setpoint.nn import weight_norm
+        >>> model = nn.Sequential(weight_norm(nn.Linear(8, 4)), nn.ReLU())
+        >>> fix(model, FoldWeights(), [torch.randn(3, 8)]).model[0]
+        Linear(in_features=8, out_features=4, bias=True)
+    """
+
+    id: ClassVar[str] = "fold-weights"
+    stage: ClassVar[Stage] = "transform"
+    preserves: ClassVar[Preserves] = "exact"
+
+    def applies(self, anatomy: Anatomy) -> Refusal | None:  # noqa: ARG002
+        """Any model; whether it has such weights is seen in planning, where its modules are."""
+        return None
+
+    def plan(self, ctx: FixContext) -> list[Edit]:
+        """For every layer with such a weight one of its plain class, and its tensors."""
+        paths = {module: path for path, module in ctx.model.named_modules()}
+        values: dict[nn.Module, Tensor] = {}
+        folded: dict[nn.Module, dict[str, Tensor]] = {}
+        for module, name in parametrized(ctx.model):
+            original = _original(module, name)
+            folded.setdefault(module, {})[name] = values.setdefault(original, plain(module, name))
+        if not folded:
+            raise Refused(
+                self.id, Refusal("", "none of its weights is parametrized; there is nothing to fold", done=True)
+            )
+        edits: list[Edit] = []
+        for module, tensors in folded.items():
+            path = paths[module]
+            if not path:
+                reason = "is the whole model, which can't be replaced; use setpoint.nn.fold_weights"
+                raise Refused(self.id, Refusal(path, reason))
+            edits.append(Edit(path, _plain_layer(self.id, path, module), "its weight is a plain tensor"))
+            kept = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
+            edits += [
+                Edit(f"{path}.{name}", tensor, "folded" if name in tensors else "kept")
+                for name, tensor in {**kept, **tensors}.items()
+            ]
+        return edits
+
+
+def _original(module: Any, name: str) -> nn.Module:
+    found: nn.Module = module.parametrizations[name]
+    return found
+
+
+def _plain_layer(fix: str, path: str, module: nn.Module) -> Build:
+    """The layer that it was before, described by the arguments that it keeps as attributes."""
+    kind = type(module).__bases__[0]
+    takes = inspect.signature(kind).parameters
+    known = [name for name in takes if name not in ("device", "dtype") and not name.startswith("_")]
+    if getattr(nn, kind.__name__, None) is not kind or not all(hasattr(module, name) for name in known):
+        raise Refused(
+            fix,
+            Refusal(
+                path, f"is of the class {kind.__name__}, which is not torch.nn's own; use setpoint.nn.fold_weights"
+            ),
+        )
+    arguments = {name: getattr(module, name) for name in known}
+    if "bias" in arguments:
+        arguments["bias"] = arguments["bias"] is not None
+    return Build(f"torch.nn:{kind.__name__}", arguments)
