@@ -81,6 +81,18 @@ def test_a_speech_models_positional_convolution_is_folded() -> None:
     assert type(fixed.model.encoder.pos_conv_embed.conv) is nn.Conv1d
 
 
+def test_attention_of_torch_is_folded_though_its_output_layer_is_of_a_private_class() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model, x = nn.Sequential(nn.TransformerEncoder(layer, 2)).eval(), torch.randn(2, 5, 8)
+    before = model(x)
+    apply_weight_norm(model)
+    fixed = fix(model, "fold-weights", [x], timed=False).model
+    torch.testing.assert_close(fixed(x), before)
+    with torch.no_grad():
+        torch.testing.assert_close(fixed(x), before)
+    assert type(fixed[0].layers[0].self_attn.out_proj) is nn.Linear
+
+
 def test_a_model_without_such_weights_is_left_with_a_note() -> None:
     fixed = fix(nn.Sequential(nn.Linear(3, 2)), "fold-weights", [torch.randn(2, 3)], timed=False)
     assert "nothing to fold" in fixed.notes[0]

@@ -80,17 +80,15 @@ def _original(module: Any, name: str) -> nn.Module:
 
 def _plain_layer(fix: str, path: str, module: nn.Module) -> Build:
     """The layer that it was before, described by the arguments that it keeps as attributes."""
-    kind = type(module).__bases__[0]
-    takes = inspect.signature(kind).parameters
+    own: Any = type(module).__bases__[0]
+    # torch's own layers have private subclasses that compute the same, such as the output projection of its attention
+    public = [k for k in own.__mro__ if getattr(nn, k.__name__, None) is k and k.forward is own.forward]
+    takes = inspect.signature(own).parameters
     known = [name for name in takes if name not in ("device", "dtype") and not name.startswith("_")]
-    if getattr(nn, kind.__name__, None) is not kind or not all(hasattr(module, name) for name in known):
-        raise Refused(
-            fix,
-            Refusal(
-                path, f"is of the class {kind.__name__}, which is not torch.nn's own; use setpoint.nn.fold_weights"
-            ),
-        )
+    if not (own.__module__.startswith("torch.nn.") and public and all(hasattr(module, name) for name in known)):
+        reason = f"is of the class {own.__name__}, which is not torch.nn's own; use setpoint.nn.fold_weights"
+        raise Refused(fix, Refusal(path, reason))
     arguments = {name: getattr(module, name) for name in known}
     if "bias" in arguments:
         arguments["bias"] = arguments["bias"] is not None
-    return Build(f"torch.nn:{kind.__name__}", arguments)
+    return Build(f"torch.nn:{public[0].__name__}", arguments)
