@@ -11,7 +11,7 @@ from torch import nn
 
 from setpoint.catalog import items
 from setpoint.fixing.spec import fix_class
-from setpoint.nn import weight_norm
+from setpoint.nn import PowerNorm, UnifiedNorm, weight_norm
 from setpoint.testing import check_fix
 from setpoint.testing.tiny import tiny
 
@@ -26,7 +26,12 @@ def normalized() -> tuple[nn.Module, torch.Tensor]:
     return model, batch
 
 
-OWN = {"lns-fold": partial(tiny, "scaled"), "fold-weights": normalized}
+OWN = {
+    "lns-fold": partial(tiny, "scaled"),
+    "fold-weights": normalized,
+    "unified-norm-fold": partial(tiny, "decoder", norm=UnifiedNorm),
+    "powernorm-fold": partial(tiny, "decoder", norm=partial(PowerNorm, group_num=2)),
+}
 """Models for fixes that are made for one kind of model alone."""
 
 

@@ -1,0 +1,115 @@
+"""What the fixes for norms of tokens share that take statistics over a batch: putting them in, and folding them away.
+
+In evaluation such a norm is an affine map, ``scale * x + shift`` for each channel. To find who reads it, a stand-in of
+the model is traced in which an RMSNorm with that gain and shift takes its place: readers of norms are what an anatomy
+knows, and readers do not depend on what the norm does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from setpoint.errors import InputError
+from setpoint.fixes.norm_sites import refusal_to_replace, replaceable, sizes_of
+from setpoint.fixing.base import Refused
+from setpoint.nn import PowerNorm, UnifiedNorm
+from setpoint.surgery.copying import share
+from setpoint.surgery.editing import commit
+from setpoint.surgery.fold import cannot_fold, fold_norm
+from setpoint.types import Build, Edit, FixContext, Refusal
+
+if TYPE_CHECKING:
+    from setpoint.surgery import Anatomy
+
+
+def refusal_to_replace_tokens(anatomy: Anatomy, layer: str) -> Refusal | None:
+    """Why not every norm of a model can be replaced by one of tokens ``(*, channels)``.
+
+    Args:
+        anatomy: Of the model.
+        layer: What would take their place, for the message.
+    """
+    refusal = refusal_to_replace(anatomy, layer)
+    if refusal is not None:
+        return refusal
+    for site in anatomy.norms.values():
+        if replaceable(site) and site.axes != (-1,):
+            return Refusal(site.name, f"normalizes over other axes than the last, and {layer} takes channels last")
+    return None
+
+
+def replaced(ctx: FixContext, fix: str, layer: str, arguments: Mapping[str, Any]) -> list[Edit]:
+    """A layer of ``setpoint.nn`` for every LayerNorm and RMSNorm.
+
+    Args:
+        ctx: The fix's context.
+        fix: Its id, for messages.
+        layer: Name of the class; it is made from ``num_features`` and ``arguments``.
+        arguments: The same for all norms.
+    """
+    return [
+        Edit(
+            site.name,
+            Build(f"setpoint.nn:{layer}", {"num_features": sizes_of(ctx.model, site, fix)[0], **arguments}),
+            "statistics of batches in place of a token's own",
+        )
+        for site in ctx.anatomy.norms.values()
+        if replaceable(site)
+    ]
+
+
+def folded(ctx: FixContext, fix: str, kind: type[UnifiedNorm] | type[PowerNorm]) -> list[Edit]:
+    """Fold the norms of a class into the weights that read them; those with other readers stay as they are.
+
+    Args:
+        ctx: The fix's context.
+        fix: Its id, for messages.
+        kind: The class. Of a PowerNorm its scaling of groups is left.
+
+    Raises:
+        Refused: There is none, or not one of them folds.
+    """
+    norms = {path: module for path, module in ctx.model.named_modules() if isinstance(module, kind)}
+    if not norms:
+        raise Refused(fix, Refusal("", f"it has no {kind.__name__}; there is nothing to fold", done=True))
+    stand_in = share(ctx.model)
+    for path, norm in norms.items():
+        scale, shift = norm.inference_affine()
+        build = Build("setpoint.nn:RMSNorm", {"normalized_shape": norm.num_features, "bias": True})
+        commit(stand_in, [Edit(path, build), Edit(f"{path}.weight", scale), Edit(f"{path}.bias", shift)])
+    anatomy = _traced(stand_in, ctx)
+    edits: list[Edit] = []
+    reasons: list[Refusal] = []
+    for path, norm in norms.items():
+        site = anatomy.norms.get(path)
+        refusal = Refusal(path, "was not seen to run") if site is None else cannot_fold(anatomy, site)
+        if refusal is not None or site is None:
+            reasons += [refusal] if refusal is not None else []
+            continue
+        try:
+            into = [edit for edit in fold_norm(stand_in, site) if edit.path not in (f"{path}.weight", f"{path}.bias")]
+        except InputError as error:
+            reasons.append(Refusal(path, str(error)))
+            continue
+        commit(stand_in, into)  # a weight may read two norms, row by row; the second fold starts from the first
+        edits += [*into, Edit(path, _left(norm), "it is in the weights that read it")]
+    if not edits:
+        raise Refused(fix, reasons[0])
+    return edits
+
+
+def _traced(model: Any, ctx: FixContext) -> Anatomy:
+    from setpoint.surgery import Anatomy
+
+    return Anatomy.trace(model, ctx.batches[0], forward=ctx.forward)
+
+
+def _left(norm: UnifiedNorm | PowerNorm) -> Build:
+    scaling = getattr(norm, "scaling", None)
+    group_num = getattr(scaling, "group_num", None)
+    if group_num is None:
+        return Build("torch.nn:Identity")
+    return Build(
+        "setpoint.nn:GroupScaling", {"num_features": norm.num_features, "group_num": group_num, "eps": norm.eps}
+    )
