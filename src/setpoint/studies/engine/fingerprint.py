@@ -1,17 +1,24 @@
 """What a result depends on, as one short hash.
 
-The code part is the import closure of a study within setpoint: the study's own module and every module of setpoint that
-it imports, directly or through others, also inside functions. A name that a package only re-exports is followed to
-where it is defined, so that a change in one layer does not make the results of another stale. Comments, docstrings and
-layout do not count. The engine itself is left out: it decides what is run and judged, not what a run gives; when that
-changes, `EXECUTION` goes up.
+The code part is the closure of a study within setpoint: the study's own module and every module of setpoint that it
+reaches, directly or through others, also inside functions. It is read from the source, and there are four ways in:
+
+- an import; a name that a package only re-exports, or loads on first use, is followed to where it is defined, so that a
+  change in one layer does not make the results of another stale;
+- an attribute of an imported package, ``setpoint.nn.DyT``;
+- a string that says where something is, ``"setpoint.nn:RMSNorm"``: that is how a fix names what it builds;
+- an item of the catalogue, ``"pre-rmsnorm"``, in the words of a study that reaches what loads code by such an id.
+
+Comments, docstrings and layout do not count. The engine itself is left out: it decides what is run and judged, not what
+a run gives; when that changes, `EXECUTION` goes up.
 """
 
 from __future__ import annotations
 
 import ast
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -26,17 +33,19 @@ _OUTSIDE = (
     "setpoint.studies.engine",
     "setpoint.studies.declare",
     "setpoint.studies.registry",
-    # What shows, names or examines, and gives no number of a run. The training loop imports the check for the moment
-    # when a loss breaks; a study that measures with probes imports those itself, and they count.
+    # What shows or names, and gives no number of a run.
     "setpoint.types",
     "setpoint.report",
     "setpoint.catalog",
-    "setpoint.checkup",
     "setpoint.errors",
     "setpoint.extras",
     "setpoint.words",
 )
 _OUTSIDE_EXACT = ("setpoint", "setpoint.studies")
+_ASIDE = frozenset({("setpoint.train.failure", "setpoint.checkup")})
+"""Imports that don't count: the training loop examines a model when its loss has broken, and the run is over then."""
+_PLACE = re.compile(r"([A-Za-z_][\w.]*):([A-Za-z_]\w*)")
+"""``module:name``, where the code of an item or of a part of a model is."""
 
 
 def digest(value: Any) -> str:
@@ -64,20 +73,31 @@ def code_digest(path: Path) -> str:
 
 
 def closure(path: Path) -> tuple[str, ...]:
-    """Names of the setpoint modules that a file imports, directly or through others, sorted.
+    """Names of the setpoint modules that a file reaches, directly or through others, sorted.
 
     >>> closure(Path(__file__))
     ()
     """
     seen: set[str] = set()
-    waiting = list(_imports(path, _package_of(path)))
+    _follow(_reached(path, _package_of(path)), seen)
+    if any(_loads_by_id(_file(name)) for name in seen):
+        own = [path, *(_file(name) for name in seen if name.startswith(f"{ROOT}.studies."))]
+        for file in own:
+            _follow(_items_named(file), seen)
+    return tuple(sorted(seen))
+
+
+def _follow(names: Iterable[str], seen: set[str]) -> None:
+    """Add modules, and all that they reach."""
+    waiting = list(names)
     while waiting:
         name = waiting.pop()
         if name in seen or _outside(name):
             continue
         seen.add(name)
-        waiting += _imports(_file(name), name if _file(name).name == "__init__.py" else name.rpartition(".")[0])
-    return tuple(sorted(seen))
+        file = _file(name)
+        package = name if file.name == "__init__.py" else name.rpartition(".")[0]
+        waiting += [target for target in _reached(file, package) if (name, target) not in _ASIDE]
 
 
 def data_digest(path: Path | None) -> str:
@@ -97,26 +117,68 @@ def _outside(name: str) -> bool:
     return name in _OUTSIDE_EXACT or any(name == head or name.startswith(head + ".") for head in _OUTSIDE)
 
 
-def _imports(path: Path, package: str) -> Iterator[str]:
-    """Modules of setpoint that the file's own statements name, wherever in the file they stand."""
-    for node in _statements(_tree(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if _inside(alias.name))
-        elif isinstance(node, ast.ImportFrom):
-            module = _absolute(node, package)
-            if _inside(module):
-                yield from (target for alias in node.names for target in _defining(module, alias.name))
+def _reached(path: Path, package: str) -> Iterator[str]:
+    """Modules of setpoint that the file itself names, wherever in the file it does."""
+    bound = {}
+    for node in _code(_tree(path)):
+        match node:
+            case ast.Import(names=names):
+                for alias in names:
+                    if _inside(alias.name):
+                        yield alias.name
+                        bound[alias.asname or ROOT] = alias.name if alias.asname else ROOT
+            case ast.ImportFrom():
+                module = _absolute(node, package)
+                if _inside(module):
+                    for alias in node.names:
+                        yield from _defining(module, alias.name)
+            case ast.Constant(value=str(text)) if (place := _PLACE.fullmatch(text)) and _exists(place[1]):
+                yield from _defining(place[1], place[2])
+            case ast.Call(func=ast.Name(id="import_module"), args=[ast.Constant(value=str(text)), *_]) if _exists(text):
+                yield text
+    for node in _code(_tree(path)):
+        if isinstance(node, ast.Attribute):
+            first, *rest = ast.unparse(node).split(".")
+            if first in bound and all(map(str.isidentifier, rest)):
+                yield from _attribute(bound[first], rest)
 
 
-def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes but those that only a type checker sees."""
+def _attribute(module: str, names: list[str]) -> Iterator[str]:
+    """Where ``module.a.b`` leads: past the packages on the way, to the module that defines what follows them."""
+    while names and _exists(f"{module}.{names[0]}"):
+        module, names = f"{module}.{names[0]}", names[1:]
+    if names:
+        yield from _defining(module, names[0])
+
+
+def _loads_by_id(path: Path) -> bool:
+    """Whether a module looks items of the catalogue up and imports what they name."""
+    nodes = list(_code(_tree(path)))
+    calls = any(isinstance(n, ast.Call) and ast.unparse(n.func).endswith("import_module") for n in nodes)
+    return calls and any(isinstance(n, ast.ImportFrom) and n.module == f"{ROOT}.catalog" for n in nodes)
+
+
+def _items_named(path: Path) -> Iterator[str]:
+    """Modules of the catalogue's items that a file names in its strings, with or without options."""
+    from setpoint.catalog import items
+
+    known = items()
+    for node in _code(_tree(path)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            for part in node.value.split(","):
+                if (id := part.strip().partition(":")[0]) in known and (place := _PLACE.fullmatch(known[id][1].path)):
+                    yield from _defining(place[1], place[2])
+
+
+def _code(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but docstrings and those that only a type checker sees."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             for other in node.orelse:
-                yield from (other, *_statements(other))
-            continue
-        yield node
-        yield from _statements(node)
+                yield from (other, *_code(other))
+        elif not (isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)):
+            yield node
+            yield from _code(node)
 
 
 @cache
@@ -126,17 +188,19 @@ def _defining(module: str, name: str) -> tuple[str, ...]:
         return (f"{module}.{name}",)
     path = _file(module)
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
-    for node in _statements(_tree(path)):
+    for node in _code(_tree(path)):
         if isinstance(node, ast.ImportFrom):
             source = _absolute(node, package)
             for alias in node.names:
                 if (alias.asname or alias.name) == name and source != module:
                     return _defining(source, alias.name) if _inside(source) else ()
-        elif isinstance(node, ast.Dict):  # a package that loads its names on first use has a table of them
+        elif isinstance(node, ast.Dict):  # a package that loads its names on first use has a table of their homes
             for key, value in zip(node.keys, node.values, strict=True):
                 match key, value:
-                    case ast.Constant(value=entry), ast.Constant(value=str(home)) if entry == name and _inside(home):
-                        return _defining(home, name)
+                    case ast.Constant(value=entry), ast.Constant(value=str(home)) if entry == name:
+                        for where in (home, f"{package}.{home}"):
+                            if _exists(where) and where != module:
+                                return _defining(where, name)
     return (module,)
 
 
@@ -161,6 +225,9 @@ def _inside(name: str) -> bool:
 
 @cache
 def _exists(name: str) -> bool:
+    """Whether a module of setpoint has this name."""
+    if not _inside(name) or not all(map(str.isidentifier, name.split("."))):
+        return False
     base = _file(ROOT).parent.joinpath(*name.split(".")[1:])
     return base.with_suffix(".py").is_file() or (base / "__init__.py").is_file()
 
@@ -178,12 +245,22 @@ def _file(name: str) -> Path:
 
 
 def _tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+    return _parsed(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
 
 
 def _normal(path: Path) -> str:
     """Source without comments, docstrings and layout."""
-    tree = _tree(path)
+    return _stripped(path.read_text(encoding="utf-8"))
+
+
+@cache
+def _stripped(text: str) -> str:
+    tree = ast.parse(text)  # a tree of its own, since it is changed
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             first = node.body[0] if node.body else None
