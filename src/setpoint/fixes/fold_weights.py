@@ -80,7 +80,7 @@ def _original(module: Any, name: str) -> nn.Module:
 
 def _plain_layer(fix: str, path: str, module: nn.Module) -> Build:
     """The layer that it was before, described by the arguments that it keeps as attributes."""
-    own: Any = type(module).__bases__[0]
+    own: type[Any] = type(module).__bases__[0]
     # torch's own layers have private subclasses that compute the same, such as the output projection of its attention
     public = [k for k in own.__mro__ if getattr(nn, k.__name__, None) is k and k.forward is own.forward]
     takes = inspect.signature(own).parameters
