@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from typing import Any
 
 from lightning_fabric import Fabric
@@ -47,6 +49,10 @@ def _sharded(devices: int | str, num_nodes: int) -> Any:
     started = os.environ.get("WORLD_SIZE")  # torchrun says how many it started
     if started is None and not isinstance(devices, int):
         raise InputError(f"fsdp needs the number of devices, got devices={devices!r}; or start it under torchrun")
+    # On a CPU tensors are gathered by threads that need Python to let go of them. One that comes to it when Python is
+    # already shutting down aborts the process, though all work is done; so they are left a moment in which to finish.
+    atexit.unregister(_pause)
+    atexit.register(_pause)
     size = int(started) if started is not None else int(devices) * num_nodes
     return ModelParallelStrategy(shard, data_parallel_size=size, tensor_parallel_size=1)
 
@@ -70,3 +76,7 @@ def shard(model: nn.Module, mesh: Any) -> nn.Module:
                 fully_shard(block, mesh=data)
     fully_shard(model, mesh=data)
     return model
+
+
+def _pause() -> None:
+    time.sleep(0.1)
