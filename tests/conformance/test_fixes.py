@@ -13,7 +13,7 @@ from setpoint.catalog import items
 from setpoint.fixing.spec import fix_class
 from setpoint.nn import PowerNorm, UnifiedNorm, weight_norm
 from setpoint.testing import check_fix
-from setpoint.testing.tiny import tiny
+from setpoint.testing.tiny import shaken, tiny
 
 FIXES = sorted(name for name, (_, item) in items().items() if item.kind == "fix")
 
@@ -26,11 +26,20 @@ def normalized() -> tuple[nn.Module, torch.Tensor]:
     return model, batch
 
 
+def batch_normalized() -> tuple[nn.Module, torch.Tensor]:
+    """A convolution, a batch norm and a classifier."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+        return shaken(nn.Sequential(*layers)), torch.randn(2, 3, 8, 8)
+
+
 OWN = {
     "lns-fold": partial(tiny, "scaled"),
     "fold-weights": normalized,
     "unified-norm-fold": partial(tiny, "decoder", norm=UnifiedNorm),
     "powernorm-fold": partial(tiny, "decoder", norm=partial(PowerNorm, group_num=2)),
+    "online-norm": batch_normalized,
 }
 """Models for fixes that are made for one kind of model alone."""
 

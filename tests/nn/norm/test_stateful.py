@@ -126,3 +126,18 @@ def test_statistics_are_those_of_both_processes(kind: str) -> None:
     for outcome, problem in gradients_on_two(Case(KINDS[kind], (x,)).layer(), [(x[:2],), (x[2:],)]):
         assert outcome is not None, problem
         torch.testing.assert_close(outcome["weight"], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["power", "unified"])
+def test_averages_of_the_gradient_are_those_of_both_processes(kind: str) -> None:
+    """The second backward pass through a linear layer in front shows what the first left behind."""
+    x = torch.randn(4, 3) * torch.tensor([[1.0], [1.0], [5.0], [5.0]])
+    case = Case(lambda: nn.Sequential(nn.Linear(3, 3), KINDS[kind]()), (x,))
+    model = case.layer()
+    for _ in range(2):
+        model.zero_grad()
+        y = model(x)
+        torch.cat([pattern(y[:2]), pattern(y[2:])]).mul(y).sum().backward()
+    for outcome, problem in gradients_on_two(case.layer(), [(x[:2],), (x[2:],)]):
+        assert outcome is not None, problem
+        torch.testing.assert_close(outcome["0.weight"], model[0].weight.grad / 2, atol=1e-5, rtol=1e-4)
