@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.distributed.nn.functional import all_reduce
 
 from setpoint.errors import InputError
 from setpoint.nn.norm.checks import expect_trailing
@@ -143,6 +142,8 @@ def mean_over_positions(
         total = column_sum(torch.where(real.unsqueeze(-1), values, 0.0))
         count = real.sum().reshape(1).to(values.dtype)
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        from torch.distributed.nn.functional import all_reduce  # not there in a build without processes
+
         summed: Tensor = all_reduce(torch.cat([total, count]))  # type: ignore[no-untyped-call]
         total, count = summed[:-1], summed[-1:]
     return total / count.clamp_min(1), count
