@@ -4,8 +4,8 @@ The paper's two claims are stability (post-norm without a warm-up, at high learn
 trains each model once at every learning rate, without a warm-up, and the other compares each at its best. Post-norm and
 pre-norm are arms by themselves and with decoupled linear layers, since what decoupling adds to either is the question.
 
-Decoupled layers are made by the fix that users have, with the authors' start: V from N(0, 1/(2.5 d)), alpha at
-1/sqrt(2 L) where a layer writes to the stream. Twelve blocks, as post-norm trains well when it is shallow.
+Decoupled layers start as the authors' do: V from N(0, 1/(2.5 d)), alpha at 1/sqrt(2 L) where a layer writes to the
+stream. Twelve blocks, as post-norm trains well when it is shallow.
 
 Reference: Wang, Zhuo, Zeng, Zhou, Yang and Li, 2025, "Scale-Distribution Decoupling", arXiv 2502.15499.
 """
@@ -15,9 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
 
+from setpoint.models import Transformer
 from setpoint.nn import PostNorm, PreNorm, SDDLinear
 from setpoint.studies import Arm, Better, Budget, Claim, Context, NotWorse, Outcome, Tuning, study
 from setpoint.studies import _language as language
@@ -31,24 +31,22 @@ ARMS = (
 )
 
 
-def decoupled(model: nn.Module, ctx: Context) -> nn.Module:
-    """The model with decoupled layers that start as the authors' do."""
-    from setpoint.fixes.sdd import Decoupling
-    from setpoint.fixing import fix
-
-    tokens = torch.arange(8, device=ctx.device)[None]  # to read the structure from
-    fixed = fix(model, Decoupling(), [tokens], inplace=True, timed=False).model
-    for module in fixed.modules():
-        if isinstance(module, SDDLinear):
-            module.reset_parameters()
-    return fixed
+def decoupled(model: Transformer, depth: int) -> Transformer:
+    """Linear layers of attention and feed-forward decoupled, starting as the authors' do; in place."""
+    for path, layer in list(model.stack.named_modules()):
+        if isinstance(layer, nn.Linear):
+            writes = path.endswith(("o_proj", "down_proj"))
+            made = SDDLinear(layer.in_features, layer.out_features, alpha_init=(2 * depth) ** -0.5 if writes else 1.0)
+            owner, _, name = path.rpartition(".")
+            setattr(model.stack.get_submodule(owner), name, made.to(layer.weight.device))
+    return model
 
 
 def trained(arm: Arm, seed: int, budget: Budget, ctx: Context, *, lr: float, std: float) -> language.Learned:
     """One training run without a warm-up."""
-    model: nn.Module = language.model_for(budget, ctx, seed, {"block": arm["block"]}, embedding_std=std)
+    model = language.model_for(budget, ctx, seed, {"block": arm["block"]}, embedding_std=std)
     if arm["decoupled"]:
-        model = decoupled(model, ctx)
+        decoupled(model, budget["depth"])
     return language.learn(model, seed, budget, ctx, lr=lr, warmup=0.0)
 
 
