@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 from collections.abc import Sequence
 from contextlib import closing
@@ -15,11 +14,11 @@ from setpoint.report.proof import Proof
 from setpoint.studies.declare import BUDGETS, TUNING_SEED, BudgetName, Study
 from setpoint.studies.engine.conduct import Circumstances, Conduct, fingerprint
 from setpoint.studies.engine.executors import Executors
-from setpoint.studies.engine.fingerprint import code_digest, data_digest, digest
+from setpoint.studies.engine.fingerprint import code_digest, data_digest, digest, sources
 from setpoint.studies.engine.machine import machine, versions
 from setpoint.studies.engine.schedule import Event, Progress
 from setpoint.studies.engine.store import Store, default_path
-from setpoint.studies.registry import find_studies, load_module
+from setpoint.studies.registry import find_studies, source_file
 
 
 def _unseen(event: Event) -> None:
@@ -90,10 +89,11 @@ def prove(
     studies = find_studies(method)
     corpus = Path(data) if data is not None else None
     _check(studies, method, budget, seeds, corpus, jobs, threads)
+    code = sources(source_file(method))
     under = Circumstances(
         source=method,
         budget=budget,
-        code=code_digest(_source_file(method)),
+        code=code_digest(code),
         data=corpus,
         corpus=data_digest(corpus),
         seeds=seeds,
@@ -121,6 +121,7 @@ def prove(
         machine=machine(),
         versions=versions(),
         fingerprint=_fingerprint(studies, budget, under.code, threads, device),
+        sources=code,
         command=_command(under),
     )
     under.store.save_proof(proof.method, proof.budget, proof.fingerprint, under.corpus, proof.to_json())
@@ -190,12 +191,6 @@ def _command(under: Circumstances) -> str:
     return " ".join([*parts, *(["--tune"] if under.tune else [])])
 
 
-def _source_file(method: str) -> Path:
-    file = inspect.getsourcefile(load_module(method))
-    assert file is not None
-    return Path(file)
-
-
 def _fingerprint(studies: Sequence[Study], budget: str, code: str, threads: int, device: str) -> str:
     return digest([fingerprint(study, "judge", budget, code, threads, device) for study in studies])
 
@@ -204,7 +199,7 @@ def _is_stale(proof: Proof) -> bool:
     """Whether the same call would run anew, because code, versions or sizes have changed since."""
     try:
         studies = find_studies(proof.source)
-        code = code_digest(_source_file(proof.source))
+        code = code_digest(sources(source_file(proof.source)))
     except InputError:  # the study is gone
         return True
     return _fingerprint(studies, proof.budget, code, proof.threads, proof.device) != proof.fingerprint

@@ -9,7 +9,7 @@ import pytest
 
 from setpoint.studies import study_keys
 from setpoint.studies.engine import fingerprint
-from setpoint.studies.engine.fingerprint import closure, code_digest, data_digest
+from setpoint.studies.engine.fingerprint import closure, code_digest, data_digest, has_changed, sources
 from setpoint.studies.registry import FOLDER
 
 
@@ -102,9 +102,22 @@ def test_what_comes_from_elsewhere_is_not_hashed(package: Path) -> None:
 )
 def test_only_code_that_the_study_uses_changes_its_digest(package: Path, changed: str, text: str, same: bool) -> None:
     path = study(package, "from library.nn import Norm")
-    before = code_digest(path)
+    before = sources(path)
     (package / changed).write_text(text)
-    assert (code_digest(path) == before) is same
+    assert (code_digest(sources(path)) == code_digest(before)) is same
+    assert has_changed(before, path) is not same
+
+
+def test_code_that_is_gone_or_was_never_noted_has_changed(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = study(package, "from library.nn import Norm")
+    before = sources(path)
+    assert not has_changed(before, path)
+    assert has_changed({}, path)
+    monkeypatch.setattr(fingerprint, "EXECUTION", fingerprint.EXECUTION + 1)
+    assert has_changed(before, path)
+    monkeypatch.undo()
+    path.unlink()
+    assert has_changed(before, path)
 
 
 def test_the_users_data_count_by_content(tmp_path: Path) -> None:

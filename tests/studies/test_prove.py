@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +18,11 @@ from setpoint.errors import InputError
 from setpoint.proving import prove, results
 from setpoint.report.proof import Proof
 from setpoint.studies.engine import shipped as shipped_module
+from setpoint.studies.engine.fingerprint import sources
 from setpoint.studies.engine.schedule import Event
 from setpoint.studies.engine.shipped import store_result
 from setpoint.studies.engine.store import Store
-from setpoint.studies.registry import find_studies
+from setpoint.studies.registry import find_studies, source_file
 from setpoint.types import ArmResult, StudyResult
 
 Logged = Callable[[Path], list[list[str]]]
@@ -256,19 +259,70 @@ def test_smoke_and_foreign_data_are_no_results(own_study: Path, db: Path, tmp_pa
         store_result(foreign, tmp_path)
 
 
+@pytest.fixture
+def stored_batchnorm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Put a result of the first study of batchnorm, at a learning rate, where the package has its own."""
+
+    def put(rate: float, sources: dict[str, str] | None = None) -> None:
+        (study, *_) = find_studies("batchnorm")
+        arms = tuple(ArmResult(arm.name, arm.does, {"lr": rate}) for arm in study.arms)
+        result = StudyResult(study.name, study.question, (), arms, "seed", (0, 1), {})
+        text = Proof("batchnorm", "laptop", (result,), sources=sources or {}).to_json()
+        (tmp_path / "batchnorm.json").write_text(text)
+        monkeypatch.setattr(shipped_module.shipped, "__defaults__", (tmp_path,))
+
+    return put
+
+
+@pytest.mark.parametrize("rate", [8.0, 32.0])  # of the grid, and within reach of it
 def test_the_package_gives_the_settings_of_its_own_result(
-    db: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    db: Path, stored_batchnorm: Callable[..., None], rate: float
 ) -> None:
     """A smoke run of a shipped method takes its settings from the stored result, not the first of the grid."""
-    (study, *_) = find_studies("batchnorm")
-    arms = tuple(ArmResult(arm.name, arm.does, {"lr": 8.0}) for arm in study.arms)
-    result = StudyResult(study.name, study.question, (), arms, "seed", (0, 1), {})
-    store_result(Proof("batchnorm", "laptop", (result,)), tmp_path)
-    monkeypatch.setattr(shipped_module.shipped, "__defaults__", (tmp_path,))
-    proof = prove("batchnorm", budget="smoke", jobs=1, store=db)
-    assert {arm.setting["lr"] for arm in proof.studies[0].arms} == {8.0}
-    assert "stored result" in proof.studies[0].tuning
-    assert {arm.setting["lr"] for arm in proof.studies[1].arms} == {0.02}  # the stored result does not know it
+    stored_batchnorm(rate, sources(source_file("batchnorm")))
+    first, second, _ = prove("batchnorm", budget="smoke", jobs=1, store=db).studies
+    assert {arm.setting["lr"] for arm in first.arms} == {rate}
+    assert "stored result" in first.tuning
+    assert not any("code has changed" in note for note in first.notes)
+    assert {arm.setting["lr"] for arm in second.arms} == {0.02}  # the stored result does not know it
+
+
+def test_settings_that_other_code_was_tuned_with_are_said_to_be(
+    db: Path, stored_batchnorm: Callable[..., None]
+) -> None:
+    stored_batchnorm(8.0, {"execution": "0"})
+    (first, *_) = prove("batchnorm", budget="smoke", jobs=1, store=db).studies
+    assert any("code has changed since the settings were tuned" in note for note in first.notes)
+
+
+def test_settings_that_the_grid_could_not_give_are_not_taken(db: Path, stored_batchnorm: Callable[..., None]) -> None:
+    stored_batchnorm(7.0, sources(source_file("batchnorm")))
+    (first, *_) = prove("batchnorm", budget="smoke", jobs=1, store=db).studies
+    assert {arm.setting["lr"] for arm in first.arms} == {0.02}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda p, s: replace(p, studies=()), "lacks the study shifted"),
+        (lambda p, s: replace(p, studies=(replace(s, replicates=(0, 1)),)), "has 4 replicates, this one 2"),
+        (lambda p, s: with_arms(p, s, failed=1), "1 of 4 runs of plain in shifted broke"),
+        (lambda p, s: with_arms(p, s, runs=3), "1 runs of plain in shifted are missing"),
+        (lambda p, s: with_arms(p, s, trials=()), "plain in shifted was not tuned"),
+    ],
+)
+def test_less_than_the_study_declares_is_no_result(
+    own_study: Path, db: Path, tmp_path: Path, change: Callable[[Proof, StudyResult], Proof], message: str
+) -> None:
+    proof = prove(str(own_study), jobs=1, store=db)
+    with pytest.raises(InputError, match=message):
+        store_result(change(proof, proof.studies[0]), tmp_path)
+    assert not list(tmp_path.glob("*.json"))
+
+
+def with_arms(proof: Proof, study: StudyResult, **changes: Any) -> Proof:
+    arms = tuple(replace(arm, **changes) for arm in study.arms)
+    return replace(proof, studies=(replace(study, arms=arms),))
 
 
 def test_the_shell_proves_lists_and_writes_pages(

@@ -151,7 +151,7 @@ def test_a_kill_loses_at_most_the_run_in_progress(
     prove(str(own_study), jobs=1, store=path)
     after = logged(own_study)
     assert after[: len(before)] == before
-    assert len(after) == 6 + 8  # six tuning runs and eight judged ones, each once
+    assert len(after) == 10 + 8  # ten tuning runs and eight judged ones, each once
     assert len({tuple(line[:5]) for line in after}) == len(after)
 
 
@@ -190,6 +190,6 @@ def test_two_processes_share_the_work_of_one_store(
             process.kill()
             process.wait()
     lines = logged(own_study)
-    assert len({tuple(line[:5]) for line in lines}) == len(lines) == 14  # each run once
+    assert len({tuple(line[:5]) for line in lines}) == len(lines) == 18  # each run once
     assert len({line[5] for line in lines}) == 2  # and both did some
-    assert len(Store(path).rows(status="done")) == 14
+    assert len(Store(path).rows(status="done")) == 18

@@ -45,6 +45,7 @@ class Proof(JupyterMixin):
         data: The user's corpus, "" for the study's own data.
         machine, versions: Where and with what the runs were done.
         fingerprint: Hash of all that the runs depend on.
+        sources: Hashes of the code that the runs depend on, by file.
         command: How to run it again.
 
     >>> proof = Proof("dyt", "smoke", ())
@@ -65,6 +66,7 @@ class Proof(JupyterMixin):
     machine: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str = ""
+    sources: Mapping[str, str] = field(default_factory=dict)
     command: str = ""
 
     @property

@@ -10,6 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from setpoint.errors import InputError
 from setpoint.report.proof_words import cost_of, criterion_of, estimate_of, setting_of, span_of
 from setpoint.report.wording import plural
 from setpoint.types.proving import Judgement, StudyResult, Verdict
@@ -55,7 +56,19 @@ def summary(proof: Proof) -> Text:
     where = [f"{proof.budget} budget", proof.date[:10], proof.machine.get("processor", "")]
     where += [f"torch {version}" if (version := proof.versions.get("torch")) else "", f"`{proof.command}`"]
     lines.append(Text(" · ".join(filter(None, where)), style="dim"))
+    if _code_has_changed(proof):
+        lines.append(Text("measured with another version of the code", style="dim"))
     return Text("\n").join(lines)
+
+
+def _code_has_changed(proof: Proof) -> bool:
+    from setpoint.studies.engine.fingerprint import has_changed
+    from setpoint.studies.registry import source_file
+
+    try:
+        return has_changed(proof.sources, source_file(proof.source or proof.method))
+    except InputError:  # the study is gone, or a file of another machine
+        return True
 
 
 def _claim_line(judgement: Judgement) -> Text:

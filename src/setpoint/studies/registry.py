@@ -51,19 +51,34 @@ def find_studies(source: str) -> tuple[Study, ...]:
     return found
 
 
-def load_module(source: str) -> ModuleType:
-    """Import the module behind a key or a path; the same path gives the same module."""
+def source_file(source: str) -> Path:
+    """The file behind a key or a path; it is not imported.
+
+    Raises:
+        InputError: There is none.
+
+    >>> source_file("pre-rmsnorm").name
+    'pre_rmsnorm.py'
+    """
     if source.endswith(".py"):
-        return _load_file(Path(source))
+        path = Path(source).resolve()
+        if not path.is_file():
+            raise InputError(f"there is no file {path}; give a method's key or a Python file that declares studies")
+        return path
     if source not in study_keys():
         raise InputError(_unknown(source))
+    return FOLDER / f"{source.replace('-', '_')}.py"
+
+
+def load_module(source: str) -> ModuleType:
+    """Import the module behind a key or a path; the same path gives the same module."""
+    file = source_file(source)
+    if source.endswith(".py"):
+        return _load_file(file)
     return import_module(f"setpoint.studies.{source.replace('-', '_')}")
 
 
 def _load_file(path: Path) -> ModuleType:
-    path = path.resolve()
-    if not path.is_file():
-        raise InputError(f"there is no file {path}; give a method's key or a Python file that declares studies")
     # The stem stays last, so that a study's key reads as the file is called.
     name = f"setpoint_study_{sha256(str(path).encode()).hexdigest()[:12]}.{path.stem}"
     if name in sys.modules:

@@ -15,7 +15,7 @@ from setpoint.studies.engine import tune as tuning
 from setpoint.studies.engine.assemble import assemble
 from setpoint.studies.engine.execute import Task, budget_of
 from setpoint.studies.engine.executors import Executors
-from setpoint.studies.engine.fingerprint import digest
+from setpoint.studies.engine.fingerprint import code_digest, digest
 from setpoint.studies.engine.machine import machine, versions
 from setpoint.studies.engine.schedule import Progress, run_all
 from setpoint.studies.engine.shipped import shipped
@@ -151,15 +151,23 @@ class Conduct:
         return {row.key.hash: row for row in found if row.outcome}
 
     def _shipped(self) -> Tuned | None:
-        """What the package's own result was tuned to, if it has all arms of this study."""
-        proof = shipped(self.study.key) if self.study.module.startswith("setpoint.studies.") else None
+        """What the package's own result was tuned to, if it has all arms of this study, at settings of its grid."""
+        study, proof = self.study, None
+        if study.module.startswith("setpoint.studies."):
+            proof = shipped(study.key)
         if proof is None or self.under.budget not in (proof.budget, "smoke"):
             return None
-        arms = {a.name: a for result in proof.studies if result.name == self.study.name for a in result.arms}
-        if set(arms) != {arm.name for arm in self.study.arms}:
+        arms = {a.name: a for result in proof.studies if result.name == study.name for a in result.arms}
+        if set(arms) != {arm.name for arm in study.arms}:
+            return None
+        if not all(tuning.could_give(study, arm.name, arms[arm.name].setting) for arm in study.arms):
             return None
         words = f"as tuned for the stored result of {proof.date[:10]}"
-        return Tuned({n: a.setting for n, a in arms.items()}, {n: a.trials for n, a in arms.items()}, words)
+        if proof.sources and code_digest(proof.sources) == self.under.code:
+            notes: tuple[str, ...] = ()
+        else:
+            notes = ("the code has changed since the settings were tuned; --tune tunes them again",)
+        return Tuned({n: a.setting for n, a in arms.items()}, {n: a.trials for n, a in arms.items()}, words, notes)
 
     def _jobs(self) -> int:
         if self.study.alone:

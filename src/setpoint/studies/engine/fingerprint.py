@@ -18,7 +18,7 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
@@ -57,19 +57,51 @@ def digest(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def code_digest(path: Path) -> str:
-    """Hash of a study's file and of everything in setpoint that it imports.
+def sources(path: Path) -> dict[str, str]:
+    """What a study's figures hang on: its file, everything in setpoint that it reaches, and how runs are run.
 
     Args:
         path: The study's Python file.
 
+    Returns:
+        For each file a hash of its text and one of its code alone, as ``"text code"``.
+
     >>> import setpoint.studies.batchnorm as module
-    >>> len(code_digest(Path(module.__file__)))
-    16
+    >>> sorted(sources(Path(module.__file__)))
+    ['batchnorm.py', 'execution']
     """
-    found = {path.name: _normal(path)}
-    found |= {name: _normal(_file(name)) for name in closure(path)}
-    return digest([EXECUTION, found])
+    files = {path.name: path} | {name: _file(name) for name in closure(path)}
+    return {"execution": str(EXECUTION)} | {name: " ".join(_hashes(file)) for name, file in files.items()}
+
+
+def code_digest(found: Mapping[str, str]) -> str:
+    """One hash of the code alone.
+
+    Args:
+        found: From `sources`.
+    """
+    return digest({name: hashes.split()[-1] for name, hashes in found.items()})
+
+
+def has_changed(before: Mapping[str, str], path: Path) -> bool:
+    """Whether code is another than it was; quick, since only files whose text has changed are looked into.
+
+    Args:
+        before: What `sources` gave then; with nothing in it the code counts as changed.
+        path: The study's Python file.
+    """
+    if before.get("execution") != str(EXECUTION):
+        return True
+    for name, hashes in before.items():
+        if name == "execution":
+            continue
+        file = path if name == path.name else _file(name)
+        if not file.is_file():
+            return True
+        text, code = hashes.split()
+        if text != _hash(file.read_text(encoding="utf-8")) and code != _hash(_normal(file)):
+            return True
+    return False
 
 
 def closure(path: Path) -> tuple[str, ...]:
@@ -111,6 +143,14 @@ def data_digest(path: Path | None) -> str:
         while block := file.read(1 << 20):
             total.update(block)
     return total.hexdigest()[:16]
+
+
+def _hashes(path: Path) -> tuple[str, str]:
+    return _hash(path.read_text(encoding="utf-8")), _hash(_normal(path))
+
+
+def _hash(text: str) -> str:
+    return sha256(text.encode()).hexdigest()[:12]
 
 
 def _outside(name: str) -> bool:

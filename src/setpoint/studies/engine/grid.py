@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from setpoint.studies.declare import Study
 
@@ -95,6 +95,20 @@ def beyond(values: Values, end: End) -> float | int | None:
     else:
         found = float(f"{found:.6g}")  # 0.008, not the 0.008000000000000002 of the machine
     return found if math.isfinite(found) and found != last and (found > last) == (end == "upper") else None
+
+
+def within_reach(values: Values, widen: int) -> Values:
+    """The values of an axis and all those that tuning may add to it.
+
+    >>> within_reach((0.1, 0.2), 1), within_reach(("cosine", "flat"), 1)
+    ((0.1, 0.2, 0.05, 0.4), ('cosine', 'flat'))
+    """
+    found = values
+    for end in get_args(End) if has_ends(values) else ():
+        for _ in range(widen):
+            following = beyond(found, end)
+            found = found if following is None else (*found, following)
+    return found
 
 
 def _combinations(axes: Mapping[str, Values]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from typing import Any, get_args
 from setpoint.errors import InputError
 from setpoint.studies.declare import TUNING_SEED, Study, Tuning
 from setpoint.studies.engine.execute import Task
-from setpoint.studies.engine.grid import End, Grid, beyond, declared, has_ends
+from setpoint.studies.engine.grid import End, Grid, beyond, declared, has_ends, within_reach
 from setpoint.studies.engine.store import Row
 from setpoint.types.proving import Trial
 
@@ -109,6 +109,15 @@ def choose(study: Study, make: Make, rows: Rows) -> Tuned:
     count = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
     words = f"{count} tuning runs per arm on the validation split, seeds from {TUNING_SEED}"
     return Tuned(settings, trials, "; ".join([words, *_added(study, trials)]), tuple(notes))
+
+
+def could_give(study: Study, arm: str, setting: Mapping[str, Any]) -> bool:
+    """Whether tuning can come to a setting: each value declared, or one that may be added."""
+    assert study.tuning is not None
+    axes = declared(study).axes(arm)
+    return set(axes) == set(setting) and all(
+        setting[name] in within_reach(values, study.tuning.widen) for name, values in axes.items()
+    )
 
 
 def time_left(study: Study, rows: Sequence[Row], jobs: int) -> float:
