@@ -11,7 +11,7 @@ import types
 import typing
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 from setpoint.catalog import items
 from setpoint.errors import InputError, nearest
@@ -133,11 +133,7 @@ def _fields(id: str, fields: dict[str, Any], hints: dict[str, Any]) -> str:
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) or _origin(kind) is typing.Union else (kind,)
-
-
-def _origin(kind: Any) -> Any:
-    return typing.get_origin(kind)
+    return typing.get_args(kind) if isinstance(kind, types.UnionType) or get_origin(kind) is typing.Union else (kind,)
 
 
 def _named(kind: Any) -> str:
@@ -145,9 +141,9 @@ def _named(kind: Any) -> str:
     for option in _options(kind):
         if option is type(None):
             names.append("none")
-        elif _origin(option) is typing.Literal:
+        elif get_origin(option) is typing.Literal:
             names += [str(value) for value in typing.get_args(option)]
-        elif _origin(option) in (tuple, list):
+        elif get_origin(option) in (tuple, list):
             names.append(f"{_named(typing.get_args(option)[0])}+…")
         else:
             names.append(option.__name__)
@@ -172,14 +168,14 @@ def _as(text: str, kind: Any) -> Any:
         if text.lower() not in _WORDS:
             raise ValueError
         return _WORDS[text.lower()]
-    if _origin(kind) is typing.Literal:
+    if get_origin(kind) is typing.Literal:
         for value in typing.get_args(kind):
             if str(value) == text:
                 return value
         raise ValueError
-    if _origin(kind) in (tuple, list):
+    if get_origin(kind) in (tuple, list):
         inner = typing.get_args(kind)[0]
-        return _origin(kind)(_as(part, inner) for part in text.split("+"))
+        return get_origin(kind)(_as(part, inner) for part in text.split("+"))
     return kind(text)
 
 
