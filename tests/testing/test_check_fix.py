@@ -199,7 +199,7 @@ def test_a_promise_broken_only_in_training_data_type_is_caught() -> None:
         weight = ctx.model.get_parameter(HEAD).detach()
         return [Edit(HEAD, weight if weight.dtype == torch.float64 else weight.bfloat16().to(weight.dtype))]
 
-    caught(broken(plan, preserves="exact"), "while rounding explains")
+    caught(broken(plan, preserves="exact"), "rounding explains")
 
 
 def test_a_tensor_that_is_copied_for_nothing_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,6 +243,46 @@ def test_a_fused_path_that_reads_old_parts_is_caught(monkeypatch: pytest.MonkeyP
 def test_a_half_made_edit_that_stays_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "rollback", lambda undo: None)
     caught(Good(), "changed although a later fix failed")
+
+
+def test_an_impossible_edit_that_goes_unnoticed_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def careless(model: nn.Module, edits: Any) -> Any:
+        return editing.commit(model, [edit for edit in edits if not edit.path.startswith("no.such")])
+
+    monkeypatch.setattr(engine, "commit", careless)
+    caught(Good(), "went unnoticed")
+
+
+def test_a_model_to_be_trained_that_lies_in_the_originals_memory_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check_fix(broken(preserves="retrain"), families=["encoder"])
+    monkeypatch.setattr(engine, "whole", share)
+    caught(broken(preserves="retrain"), "training the new model trains the old")
+
+
+def test_an_edit_that_is_a_view_of_the_original_is_caught_if_it_is_to_be_trained() -> None:
+    caught(
+        broken(lambda self, ctx: [Edit(HEAD, ctx.reference.get_parameter(HEAD).detach())], preserves="retrain"),
+        "training the new model trains the old",
+    )
+
+
+def test_values_that_change_without_an_edit_are_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetful(model: nn.Module) -> nn.Module:
+        model = whole(model)
+        with torch.no_grad():
+            model.get_parameter("1.norm.bias").add_(1.0)
+        return model
+
+    monkeypatch.setattr(engine, "whole", forgetful)
+    caught(broken(preserves="retrain"), "other values though no edit names it")
+
+
+def test_what_overflows_in_half_precision_is_caught() -> None:
+    def plan(self: Good, ctx: FixContext) -> list[Edit]:
+        weight = ctx.model.get_parameter(HEAD).detach()
+        return [Edit(HEAD, weight.sign() * 65504 if weight.dtype == torch.float16 else weight * 0.5)]
+
+    caught(broken(plan), "not finite afterwards|overflow|finite")
 
 
 def test_state_that_no_edit_carries_is_caught() -> None:

@@ -259,9 +259,21 @@ def _shares_the_rest(subject: _Subject) -> None:
     edited = [edit.path for edit in fixed.edits]
     groups = [{name, first} for name, first in ties(model).items()]
     for name in old.keys() & new.keys():
-        touched = any(_below(place, path) for path in edited for place in _with_ties(name, groups))
-        if subject.fix.preserves != "retrain" and not touched:
+        if any(_below(place, path) for path in edited for place in _with_ties(name, groups)):
+            continue
+        if subject.fix.preserves == "retrain":
+            subject.demand(torch.equal(new[name], old[name]), f"{name} has other values though no edit names it")
+        else:
             subject.demand(new[name] is old[name], f"{name} was copied though no edit names it: it must be shared")
+    if subject.fix.preserves == "retrain":  # what is trained afterwards must not drag the original along
+        memory = {p.untyped_storage().data_ptr() for p in model.parameters() if p.numel()}
+        shared = [
+            n for n, p in fixed.model.named_parameters() if p.numel() and p.untyped_storage().data_ptr() in memory
+        ]
+        subject.demand(
+            not shared,
+            f"{', '.join(shared[:3])} lie in the original's memory, so training the new model trains the old: clone",
+        )
     for name, first in ties(model).items():
         if name in new and first in new and not any(_below(name, path) for path in edited):
             subject.demand(new[name] is new[first], f"{name} and {first} were one tensor and are two: keep ties")
@@ -290,6 +302,8 @@ def _acts_in_place_or_not_at_all(subject: _Subject) -> None:
         apply(model, [subject.fix, saboteur], [batch], timed=False, inplace=True)
     except InputError:
         subject.demand(_state(model) == before, "the model was changed although a later fix failed")
+    else:
+        subject.demand(False, "an edit of a place that is not there went unnoticed after it")
 
 
 @dataclass(frozen=True)
@@ -337,13 +351,15 @@ def _is_deterministic(subject: _Subject) -> None:
 
 
 def _keeps_type_and_flags(subject: _Subject) -> None:
-    for dtype in (torch.float64, torch.bfloat16):
+    for dtype in (torch.float64, torch.bfloat16, torch.float16):
         model, batch = subject.make()
         model.to(dtype)
         batch = batch.to(dtype) if isinstance(batch, Tensor) and batch.is_floating_point() else batch
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         fixed = subject.applied(model, batch)
+        if _finite(model, batch):
+            subject.demand(_finite(fixed.model, batch), f"a {dtype} model gives outputs that are not finite afterwards")
         kinds = {p.dtype for p in fixed.model.parameters() if p.is_floating_point()}
         subject.demand(kinds == {dtype}, f"a {dtype} model has parameters of {kinds - {dtype}} afterwards")
         old = dict(model.named_parameters())
@@ -353,6 +369,11 @@ def _keeps_type_and_flags(subject: _Subject) -> None:
         replaced = [edit.path for edit in fixed.edits if not isinstance(edit.value, Tensor)]
         thawed = [name for name in thawed if not any(_below(name, path) for path in replaced)]
         subject.demand(not thawed, f"{', '.join(thawed[:3])} were frozen and are trained now")
+
+
+def _finite(model: nn.Module, batch: Any) -> bool:
+    with torch.no_grad():
+        return all(bool(t.isfinite().all()) for t in tensors_of(run_batch(model, batch)) if t.is_floating_point())
 
 
 def _gives_a_whole_model(subject: _Subject) -> None:
