@@ -59,6 +59,7 @@ def declare(run: Any = one, **changes: Any) -> Study:
         ),
         ({"tuning": Tuning({"lr": ()}, "loss")}, "tuple of values to try"),
         ({"tuning": Tuning({"lr": (0.1,)}, "loss", seeds=0)}, "at least one seed"),
+        ({"tuning": Tuning({"lr": (0.1,)}, "loss", widen=-1)}, "0 for none, got -1"),
         (
             {"tuning": None, "arms": (Arm("plain", ""), Arm("method", "", knobs={"a": (1,)}))},
             "has knobs but there is no",
