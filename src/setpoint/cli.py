@@ -121,12 +121,15 @@ def anatomy(model: Model, data: Data = None, hub: Hub = False, trust_code: Trust
         show(0, 0, f"loading {model}")
         from setpoint.loading import batches_for, load
         from setpoint.surgery import Anatomy
+        from setpoint.surgery.tree import LEGEND
 
         loaded = load(model, hub=hub, trust_code=trust_code)
         batches = batches_for(loaded, data, tokens=64, count=1)
         show(0, 0, "reading the structure")
         tree = Anatomy.trace(loaded.model, batches[0], forward=loaded.forward).tree()
-    console().print(tree)
+    screen = console()
+    screen.print(tree)
+    screen.print(f"\n{LEGEND}", style="dim", markup=False, highlight=False)
 
 
 @app.command()

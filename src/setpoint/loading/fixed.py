@@ -21,8 +21,9 @@ from setpoint.errors import InputError
 from setpoint.extras import require
 from setpoint.loading.quiet import quiet
 from setpoint.loading.tasks import forward_for
-from setpoint.loading.wording import few, one_line
+from setpoint.loading.wording import one_line
 from setpoint.types import Build, Edit, Loaded, Made, Ref
+from setpoint.words import listed
 
 STATEMENT = "setpoint.json"
 WEIGHTS = "model.safetensors"
@@ -149,7 +150,7 @@ def read_statement(folder: Path) -> dict[str, Any]:
         raise InputError(f"{path} has schema_version {version}; this version of setpoint reads {SCHEMA}")
     needed = {"base", "edits", "fixes", "task", "tensors", "ties"}
     if not isinstance(statement, dict) or needed - statement.keys():
-        raise InputError(f"{path} lacks {few(sorted(needed - statement.keys()))}")
+        raise InputError(f"{path} lacks {listed(sorted(needed - statement.keys()))}")
     return statement
 
 
@@ -289,7 +290,7 @@ def _read_weights(folder: Path, statement: Mapping[str, Any]) -> dict[str, Tenso
     expected = statement["tensors"]
     if tensors.keys() != expected.keys():
         differ = sorted(tensors.keys() ^ expected.keys())
-        raise InputError(f"{path} does not go with {STATEMENT}: they differ in {few(differ)}")
+        raise InputError(f"{path} does not go with {STATEMENT}: they differ in {listed(differ)}")
     for name, tensor in tensors.items():
         if digest(tensor) != expected[name]["digest"]:
             raise InputError(f"{path} does not go with {STATEMENT}: {name} was changed after it was written")
@@ -320,7 +321,7 @@ def _put(
     held = dict(model.named_parameters(remove_duplicate=False))
     left = sorted(held.keys() - placed.keys())
     if left:
-        raise InputError(f"{folder} lacks the weights of {few(left)}")
+        raise InputError(f"{folder} lacks the weights of {listed(left)}")
 
 
 def _processor(folder: Path, statement: Mapping[str, Any], model: nn.Module) -> Any:

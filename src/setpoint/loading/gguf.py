@@ -26,7 +26,8 @@ from setpoint.errors import InputError
 from setpoint.extras import require
 from setpoint.loading.gguf_file import GGUFFile
 from setpoint.loading.quiet import quiet
-from setpoint.loading.wording import few, one_line
+from setpoint.loading.wording import one_line
+from setpoint.words import listed
 
 _ROOT_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -203,7 +204,7 @@ def _require_same_shapes(file: GGUFFile, expected: dict[str, tuple[int, ...]], t
     absent = [name for name in expected if name not in present and not (tied and name == "lm_head.weight")]
     surplus = [tensor.name for name, tensor in present.items() if name not in expected]
     if absent or surplus:
-        wrong = f"lacks the weights of {few(absent)}" if absent else f"has {few(surplus)} beyond its stated depth"
+        wrong = f"lacks the weights of {listed(absent)}" if absent else f"has {listed(surplus)} beyond its stated depth"
         raise InputError(f"{file.path} {wrong}")
     for name, shape in expected.items():
         if name in present and present[name].shape != shape:
@@ -298,7 +299,7 @@ def _converted(file: GGUFFile, dtype: torch.dtype) -> Any:
     model, info = _convert(file, lambda: auto.from_pretrained(file.path.parent, **kwargs))
     if info["missing_keys"] or info["mismatched_keys"]:
         names = [*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])]
-        raise InputError(f"{file.path} lacks the weights of {few(names)}")
+        raise InputError(f"{file.path} lacks the weights of {listed(names)}")
     return model
 
 

@@ -19,8 +19,9 @@ from setpoint.extras import require
 from setpoint.loading.pickles import read_pickle
 from setpoint.loading.quiet import quiet
 from setpoint.loading.tasks import forward_for, task_of
-from setpoint.loading.wording import few, one_line
+from setpoint.loading.wording import one_line
 from setpoint.types import Loaded
+from setpoint.words import listed
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -202,12 +203,12 @@ def _build(kind: Any, folder: Path, dtype: torch.dtype, trust_code: bool) -> Any
         )
     missing = sorted(info["missing_keys"])
     if missing:
-        raise InputError(f"{folder} lacks the weights of {few(missing)}, which {type(model).__name__} needs")
+        raise InputError(f"{folder} lacks the weights of {listed(missing)}, which {type(model).__name__} needs")
     if info.get("error_msgs"):
         raise InputError(f"{folder} could not be built by transformers: {info['error_msgs'][0]}")
     unexpected = sorted(info["unexpected_keys"])
     if unexpected and len(unexpected) >= len(model.state_dict()):
-        raise InputError(f"{folder} holds weights of another model: {few(unexpected)}")
+        raise InputError(f"{folder} holds weights of another model: {listed(unexpected)}")
     return model
 
 

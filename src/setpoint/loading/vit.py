@@ -20,8 +20,9 @@ from setpoint.errors import InputError
 from setpoint.extras import require
 from setpoint.loading.quiet import quiet
 from setpoint.loading.tasks import forward_for
-from setpoint.loading.wording import few, one_line
+from setpoint.loading.wording import one_line
 from setpoint.types import Loaded
+from setpoint.words import listed
 
 _RENAMED = (
     (re.compile(r"^backbone\."), ""),
@@ -61,7 +62,7 @@ def load_vit(path: Path, dtype: torch.dtype) -> Loaded:
     # The mask token is used in pre-training only; the graph does not hold it.
     absent = sorted(set(info["missing_keys"]) - {"embeddings.mask_token"})
     if absent:
-        raise InputError(f"{path} lacks the weights of {few(absent)}")
+        raise InputError(f"{path} lacks the weights of {listed(absent)}")
     with torch.no_grad():
         model.embeddings.mask_token.zero_()
     return Loaded(

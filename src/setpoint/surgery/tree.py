@@ -14,6 +14,15 @@ from setpoint.types import Block, Branch, Projection
 if TYPE_CHECKING:
     from setpoint.surgery.anatomy import Anatomy
 
+LEGEND = (
+    "·              what the branch computes, between the norms before and behind it\n"
+    "→              goes into\n"
+    "a … b  × N     blocks of one shape, drawn once\n"
+    "[i:j]          rows of a fused weight\n"
+    "?              no weight was found"
+)
+"""What the marks in the tree mean."""
+
 
 def tree_of(anatomy: Anatomy) -> Tree:
     """Embeddings, blocks with their branches, convolution chains outside blocks, the head, and what is unread."""
