@@ -28,6 +28,14 @@ from setpoint.nn.norm.batchnorm import (
 )
 from setpoint.nn.norm.batchnorm_tools import fold_batchnorm, freeze_batchnorm, recalibrate
 from setpoint.nn.norm.dyt import DyT
+from setpoint.nn.norm.evonorm import (
+    EvoNorm2dB0,
+    EvoNorm2dB1,
+    EvoNorm2dB2,
+    EvoNorm2dS0,
+    EvoNorm2dS1,
+    EvoNorm2dS2,
+)
 from setpoint.nn.norm.fixnorm import FixNormEmbedding
 from setpoint.nn.norm.functional import crms_norm, layer_norm, rms_norm
 from setpoint.nn.norm.layernorm import LayerNorm, LayerNorm2d, LayerNormCHW
@@ -56,6 +64,12 @@ __all__ = [
     "BatchNorm3d",
     "CRMSNorm",
     "DyT",
+    "EvoNorm2dB0",
+    "EvoNorm2dB1",
+    "EvoNorm2dB2",
+    "EvoNorm2dS0",
+    "EvoNorm2dS1",
+    "EvoNorm2dS2",
     "FixNormEmbedding",
     "FrozenBatchNorm",
     "GhostBatchNorm",
