@@ -11,15 +11,18 @@ Reference: Ioffe and Szegedy, 2015, "Batch Normalization", arXiv 1502.03167, sec
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
-from hashlib import sha256
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from setpoint import data
+from setpoint.data import ImageData, Labelled
 from setpoint.nn import BatchNorm1d
 from setpoint.studies import Arm, Better, Budget, Claim, Context, NotWorse, Outcome, Tuning, study
+from setpoint.train import SGD, Constant, Evaluation, NonFiniteLoss, train
 from setpoint.types import Series
 
 BATCH = 60
@@ -27,39 +30,58 @@ WIDTH = 100
 TEST, VALID = 500, 200
 REACHED = 0.95
 TRAINED = 0.90
-RATES = (0.02, 0.1, 0.5, 2.0, 8.0)
+CHANCE = 0.1
+RATES = (0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 
 @cache
-def digits() -> tuple[Tensor, Tensor]:
-    """The 1,797 images of 8 × 8, flattened and standardized as a whole, in one fixed random order."""
-    from sklearn.datasets import load_digits
+def digits(part: str) -> ImageData:
+    """The 1,797 digits in one fixed random order: 500 to test on, and 200 of the others to tune on.
 
-    found = load_digits()
-    order = torch.randperm(len(found.target), generator=torch.Generator().manual_seed(0))
-    images = torch.tensor(found.data, dtype=torch.float32)
-    return ((images - images.mean()) / images.std())[order], torch.tensor(found.target)[order]
+    Not in the order of the file, which is by writer: on its last writers the plain network ends at 88 % and the
+    normalized one at 92 %, so that there would be no step at which either comes to 95 %.
 
-
-@cache
-def version() -> str:
-    """Checksum of the data."""
-    return sha256(digits()[0].numpy().tobytes()).hexdigest()[:12]
+    Args:
+        part: ``"valid"`` holds the 200 back from training, ``"test"`` trains on them.
+    """
+    found = data.images("digits")
+    images = torch.cat([split.images for split in (found.train, found.valid, found.test)])
+    labels = torch.cat([split.labels for split in (found.train, found.valid, found.test)])
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, valid = order[:TEST], order[TEST : TEST + VALID]
+    seen = order[TEST + VALID :] if part == "valid" else order[TEST:]
+    return replace(
+        found,
+        train=Labelled(images[seen], labels[seen]),
+        valid=Labelled(images[valid], labels[valid]),
+        test=Labelled(images[test], labels[test]),
+    )
 
 
 def split(part: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training and held-out images and labels; the test images are never seen while tuning."""
-    images, labels = digits()
-    held, labels_held = images[:TEST], labels[:TEST]
-    images, labels = images[TEST:], labels[TEST:]
-    if part == "valid":
-        return images[VALID:], labels[VALID:], images[:VALID], labels[:VALID]
-    return images, labels, held, labels_held
+    """Training and held-out images, flattened and standardized, with their labels; for loops that draw for themselves.
+
+    Args:
+        part: As for `digits`.
+    """
+    found = digits(part)
+    held = found.valid if part == "valid" else found.test
+    return (
+        found.inputs(found.train.images).flatten(1),
+        found.train.labels,
+        found.inputs(held.images).flatten(1),
+        held.labels,
+    )
+
+
+def version() -> str:
+    """Checksum of the data."""
+    return data.images("digits").fingerprint[:12]
 
 
 def network(arm: Arm) -> nn.Sequential:
     """64-100-100-100-10; an arm chooses what follows each hidden linear layer."""
-    layers: list[nn.Module] = []
+    layers: list[nn.Module] = [nn.Flatten()]
     for inputs in (64, WIDTH, WIDTH):
         linear = nn.Linear(inputs, WIDTH)
         if arm["activation"] is nn.ReLU:
@@ -69,32 +91,31 @@ def network(arm: Arm) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(WIDTH, 10))
 
 
-def train(
-    arm: Arm, rate: float, seed: int, budget: Budget, ctx: Context, *, done: int = 0, total: int | None = None
-) -> tuple[nn.Sequential, list[int], list[float]]:
-    """Plain gradient descent; held-out accuracy every so many steps."""
-    images, labels, held, labels_held = (part.to(ctx.device) for part in split(ctx.split))
-    torch.manual_seed(seed)
-    model = network(arm).to(ctx.device)
-    order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
-    loss = nn.CrossEntropyLoss()
-    steps, every = budget["steps"], budget["every"]
-    at, accuracy = [], []
-    for step in range(1, steps + 1):
-        batch = torch.randint(len(images), (BATCH,), generator=order)
-        optimizer.zero_grad()
-        loss(model(images[batch]), labels[batch]).backward()
-        optimizer.step()
-        if step % every == 0:
-            model.eval()
-            with torch.no_grad():
-                right = (model(held).argmax(1) == labels_held).float().mean().item()
-            model.train()
-            at.append(step)
-            accuracy.append(right)
-            ctx.progress(done + step, total or steps, f"accuracy {right:.3f}")
-    return model, at, accuracy
+def learn(model: nn.Module, rate: float, seed: int, budget: Budget, ctx: Context) -> tuple[list[int], list[float]]:
+    """Plain gradient descent in place.
+
+    Returns:
+        Steps, and the held-out accuracy at each.
+
+    Raises:
+        NonFiniteLoss: The loss stopped being finite.
+    """
+    images = digits(ctx.split)
+    history = train(
+        model,
+        images.batches("train", BATCH, seed=seed),
+        data.label_loss,
+        steps=budget["steps"],
+        optimizer=SGD(lr=rate),
+        schedule=Constant(),
+        accelerator=torch.device(ctx.device).type,
+        seed=seed,
+        evaluate=Evaluation(images.batches(ctx.split, TEST), {"accuracy": data.accuracy}),
+        evaluate_every=budget["every"],
+        progress=ctx.progress,
+    )
+    readings = history.evaluations
+    return [int(reading["step"]) for reading in readings], [reading["accuracy"] for reading in readings]
 
 
 def reading(at: list[int], accuracy: list[float], steps: int) -> dict[str, float]:
@@ -109,12 +130,14 @@ def reading(at: list[int], accuracy: list[float], steps: int) -> dict[str, float
 
 def outcome(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budget, ctx: Context) -> Outcome:
     """One training run at the tuned learning rate."""
-    model, at, accuracy = train(arm, setting["lr"], seed, budget, ctx)
+    torch.manual_seed(seed)
+    model = network(arm)
+    at, accuracy = learn(model, setting["lr"], seed, budget, ctx)
     return Outcome(
         reading(at, accuracy, budget["steps"]),
         curves=(Series("held-out accuracy over step", tuple(map(float, at)), tuple(accuracy)),),
         cost={"parameters": sum(p.numel() for p in model.parameters())},
-        conditions={"steps": budget["steps"], "batch": BATCH, "images": len(split(ctx.split)[0])},
+        conditions={"steps": budget["steps"], "batch": BATCH, "images": len(digits(ctx.split).train)},
     )
 
 
@@ -155,7 +178,7 @@ TUNING = Tuning({"lr": RATES}, metric="mean_error", seeds=2)
             "batchnorm",
             "plain",
             better="higher",
-            diverged=0.1,
+            diverged=CHANCE,
         ),
     ),
     tuning=TUNING,
@@ -225,9 +248,14 @@ def learning_rates(arm: Arm, _: Mapping[str, Any], seed: int, budget: Budget, ct
     """The same network trained once at each learning rate."""
     rates, steps = budget["rates"], budget["steps"]
     ends, parameters = [], 0
-    for i, rate in enumerate(rates):
-        model, at, accuracy = train(arm, rate, seed, budget, ctx, done=i * steps, total=len(rates) * steps)
-        ends.append(reading(at, accuracy, steps)["accuracy"])
+    for rate in rates:
+        torch.manual_seed(seed)
+        model = network(arm)
+        try:
+            at, accuracy = learn(model, rate, seed, budget, ctx)
+            ends.append(reading(at, accuracy, steps)["accuracy"])
+        except NonFiniteLoss:
+            ends.append(CHANCE)
         parameters = sum(p.numel() for p in model.parameters())
     trained = [rate for rate, end in zip(rates, ends, strict=True) if end >= TRAINED]
     return Outcome(
