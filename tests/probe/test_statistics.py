@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from setpoint.probe.stat_kernels import sample_stride, sum_of_squares
 from setpoint.probe.stat_observe import Later, Selection, Stream, observe, settle_all
@@ -422,3 +423,42 @@ def test_sum_of_squares_shows_nan_and_infinity() -> None:
     assert math.isnan(sum_of_squares(torch.tensor([1.0, math.nan])))
     assert sum_of_squares(torch.tensor([1.0, math.inf])) == math.inf
     assert sum_of_squares(torch.zeros(4)) == 0.0
+
+
+def test_channels_with_means_far_out_keep_their_spread() -> None:
+    hidden = frozenset({Stat.MOMENTS, Stat.CHANNELS, Stat.ZEROS})
+    for offset in (3.0, 9.0, 50.0, 3e4):
+        values = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(0)) + offset
+        record = observed(values, wanted=hidden)
+        assert_moments_match(record, values)
+        assert record.channel_mean == pytest.approx(values.double().mean((0, 1)).numpy(), rel=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that run while it is active."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "most"),
+    [
+        ({Stat.MOMENTS, Stat.CHANNELS, Stat.ZEROS}, 12),
+        ({Stat.MOMENTS, Stat.TAILS, Stat.CHANNELS}, 10),
+        (EVERYTHING - {Stat.STEP, Stat.ZEROS}, 30),
+    ],
+)
+def test_a_site_takes_few_operations(wanted: set[Stat], most: int) -> None:
+    """In a forward pass an operation costs 30 us however small it is: they are what recording costs."""
+    statistics, scratch = SiteStatistics(frozenset(wanted), Peaks(8)), Scratch()
+    later: Later = []
+    values = torch.randn(128, 96)
+    for _ in range(3):  # the first makes the buffers
+        with torch.no_grad(), Operations() as operations:
+            observe(values, 128, statistics, scratch, later=later)
+    settle_all(later, scratch)
+    assert operations.count <= most

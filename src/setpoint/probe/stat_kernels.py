@@ -4,7 +4,7 @@ Eager PyTorch runs a reduction at memory speed when it is a BLAS call or a reduc
 times slower otherwise, so everything is phrased in those: with x of shape (rows, channels) and its square in a scratch
 buffer,
 
-    sums            1ᵀx, 1ᵀx²           one matrix product each, by column: quick, and exact beside a huge entry
+    sums            Σx, Σx²             down the rows: by column a huge entry costs no other column a digit
     third, fourth   x·x², x²·x²         dot products of the flattened chunk
     extremes        max and min down the rows; the largest magnitude of a channel is the larger of the two
     row norms       x²1
@@ -41,6 +41,7 @@ from setpoint.types import Stat
 PER_CHANNEL = frozenset({Stat.CHANNELS, Stat.PEAKS})
 _TINY = 1e-6
 _CENTRED = 0.9
+_FAR_OUT = 100.0
 _PIECE = 1 << 18
 _SAMPLE = 1 << 15
 
@@ -76,17 +77,17 @@ def launch_chunk(x: Tensor, wanted: frozenset[Stat], per_row: bool, space: Works
     # What reads x alone comes first, while x is in cache; the square then takes its place.
     torch.amax(x, 0, out=top)
     torch.amin(x, 0, out=bottom)
-    torch.mm(space.ones, x, out=total)
+    torch.sum(x, 0, out=total)
     torch.mul(x, x, out=space.square)
-    torch.mm(space.ones, space.square, out=squares)
-    torch.mm(space.sums[:2], space.column, out=space.low)
+    torch.sum(space.square, 0, out=squares)
+    torch.sum(space.low, 1, out=space.low_sums)
     if Stat.TAILS in wanted:
         torch.dot(x.view(-1), space.flat, out=space.third)
         torch.dot(space.flat, space.flat, out=space.fourth)
     else:
         space.scalars[2:] = 0.0
     if per_row:
-        torch.mm(space.square, space.column, out=space.rows[0].unsqueeze(1))
+        torch.mm(space.square, space.column, out=space.row_squares)
     _, s2, _, s4 = space.scalars.tolist()
     return math.isfinite(s2 + s4) and (s2 > _TINY**2 * x.numel() or not bool(x.any()))
 
@@ -198,19 +199,19 @@ def launch_columns(x: Tensor) -> Columns | None:
     """Reduce a chunk by column, for sites that need neither row norms nor powers of single values.
 
     The kernel behind batch norm's statistics takes mean and variance in two reads, at the price of one matrix product
-    and without a square that would have to be written, and cannot cancel within a channel.
+    and without a square that would have to be written, and cannot cancel within a channel. Between channels it can
+    only where their means are so far out that float32 has no digits of them left for the spread.
 
     Args:
         x: Shape ``(rows, channels)``, float32, contiguous.
 
     Returns:
-        The reductions; None where float32 does not hold them or where the mean over all channels hides the variance.
+        The reductions; None where float32 does not hold them.
     """
     top, bottom = torch.amax(x, 0), torch.amin(x, 0)
     mean, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
-    width = len(mean)
-    square = (float(variance.sum()) + float(torch.dot(mean, mean))) / width
-    if not _TINY**2 < square < math.inf or abs(float(mean.sum())) > _CENTRED * width * math.sqrt(square):
+    spread, offset = float(variance.sum()), float(torch.dot(mean, mean))
+    if not _TINY**2 * len(mean) < spread + offset < math.inf or offset > _FAR_OUT * spread:
         return None
     return Columns(len(x), mean, variance, top, bottom)
 
@@ -218,15 +219,10 @@ def launch_columns(x: Tensor) -> Columns | None:
 def holds_zero(x: Tensor, scratch: Scratch) -> bool:
     """Whether any value may be zero; a value whose square vanishes in float32 counts as one, and a NaN too.
 
-    Looks at pieces whose square stays in the processor's cache, and stops at the first that holds one.
+    The smallest square is found several times quicker than the smallest magnitude.
     """
-    step = max(1, _PIECE // max(x.shape[1], 1))
-    for start in range(0, len(x), step):
-        piece = x[start : start + step]
-        square = torch.mul(piece, piece, out=scratch.take("piece", piece))
-        if not float(square.amin()) > 0.0:
-            return True
-    return False
+    square = torch.mul(x, x, out=scratch.take("square", x))
+    return not float(square.amin()) > 0.0
 
 
 def reduce_carefully(x: Tensor, wanted: frozenset[Stat], per_row: bool) -> Chunk:

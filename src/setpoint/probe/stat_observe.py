@@ -198,7 +198,7 @@ def _observe_columns(x: Tensor, statistics: SiteStatistics, scratch: Scratch, la
     if Stat.ZEROS in statistics.wanted and holds_zero(x, scratch):
         space = scratch.workspace(x)
         torch.ne(x, 0, out=space.square)
-        active = torch.mm(space.ones, space.square)[0]
+        active = torch.sum(space.square, 0)
         scratch.release(space)
     waiting = WaitingColumns(statistics, columns, active)
     if later is None:
@@ -243,7 +243,7 @@ def _launch(x: Tensor, waiting: Waiting, scratch: Scratch) -> None:
         waiting.flagged = flagged_columns(x, space, statistics.peaks.size)
     if Stat.ZEROS in wanted:  # the last to use the square
         torch.ne(x, 0, out=space.square)
-        torch.mm(space.ones, space.square, out=space.parts[4])
+        torch.sum(space.square, 0, out=space.parts[4])
 
 
 def _launch_directions(x: Tensor, waiting: Waiting, length: int) -> None:
@@ -321,7 +321,7 @@ def _settle(waiting: Waiting, chunk: Chunk, angles: Array | None) -> None:
         where = (found[:, 0], place // length + waiting.first_sequence, place % length, found[:, 2])
         statistics.peaks.add(np.stack(where, 1))
     if Stat.ZEROS in wanted:
-        statistics.add_active(to_numpy(space.parts[4][0]), space.flat.numel())
+        statistics.add_active(to_numpy(space.parts[4]), space.flat.numel())
     if chunk.row_squares is not None:
         if waiting.directions is not None:
             sums = to_numpy(waiting.directions)

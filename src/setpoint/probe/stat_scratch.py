@@ -32,27 +32,28 @@ class Workspace:
 
     Args:
         square: Shape ``(rows, width)``; ``flat`` is the same as a vector.
-        ones: Shape ``(1, rows)``.
         column: Shape ``(width, 1)``: ones.
         sums: Shape ``(5, width)``: per column the sums of x and of x², the largest, the smallest, the count of
             values that are not zero.
-        parts: Its rows; those of sums and counts of shape ``(1, width)``.
-        scalars: Shape ``(4,)``: sums of x to the powers 1 to 4; ``low`` (of shape ``(2, 1)``), ``third`` and
+        parts: Its rows; ``low`` is the first two together.
+        scalars: Shape ``(4,)``: sums of x to the powers 1 to 4; ``low_sums`` (the first two), ``third`` and
             ``fourth`` are its parts.
-        rows: Shape ``(4, rows)``: squared norms, their inverse roots, norms of the step, squared norms of its start.
+        rows: Shape ``(4, rows)``: squared norms, their inverse roots, norms of the step, squared norms of its start;
+            ``row_squares`` is the first as a column.
     """
 
     square: Tensor
     flat: Tensor
-    ones: Tensor
     column: Tensor
     sums: Tensor
-    parts: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    scalars: Tensor
+    parts: tuple[Tensor, ...]
     low: Tensor
+    scalars: Tensor
+    low_sums: Tensor
     third: Tensor
     fourth: Tensor
     rows: Tensor
+    row_squares: Tensor
 
 
 class Scratch:
@@ -68,12 +69,13 @@ class Scratch:
 
     def workspace(self, x: Tensor) -> Workspace:
         """Views for chunks of ``x``'s shape, on its device; hand them back with `release`."""
-        free = self._free.setdefault((x.shape, x.device), [])
-        if not free:
+        kind = (x.shape, x.device)
+        if not self._free.get(kind):
             if len(self._free) > _SHAPES:  # batches of ever new lengths
-                self._free = {(x.shape, x.device): free}
-            free.extend(self._build(x) for _ in range(_AT_ONCE))  # one after the other is many times quicker
-        return free.pop()
+                self._free.clear()
+            built = [self._build(x) for _ in range(_AT_ONCE)]  # one after the other is many times quicker
+            self._free[kind] = built
+        return self._free[kind].pop()
 
     def release(self, space: Workspace) -> None:
         """Take a workspace back, unless its buffer was replaced meanwhile."""
@@ -87,18 +89,20 @@ class Scratch:
             square = self.take("square", x)
             sums = torch.empty(5, width, device=x.device)
             scalars = torch.empty(4, device=x.device)
+            by_row = torch.empty(4, rows, device=x.device)
             return Workspace(
                 square=square,
                 flat=square.view(-1),
-                ones=self.ones(rows, x).view(1, rows),
                 column=self.ones(width, x).view(width, 1),
                 sums=sums,
-                parts=(sums[0:1], sums[1:2], sums[2], sums[3], sums[4:5]),
+                parts=sums.unbind(),
+                low=sums[:2],
                 scalars=scalars,
-                low=scalars[:2].view(2, 1),
+                low_sums=scalars[:2],
                 third=scalars[2],
                 fourth=scalars[3],
-                rows=torch.empty(4, rows, device=x.device),
+                rows=by_row,
+                row_squares=by_row[0].unsqueeze(1),
             )
 
     def take(self, name: str, like: Tensor) -> Tensor:
@@ -113,7 +117,8 @@ class Scratch:
             with torch.inference_mode(False):
                 buffer = torch.empty(size, dtype=dtype, device=like.device)
             self._buffers[key] = buffer
-            self._free.clear()  # they may view the old one; results that wait there stay with who waits
+            if name == "square":  # workspaces view the old one; results that wait there stay with who waits
+                self._free.clear()
         return buffer[:size]
 
     def ones(self, size: int, like: Tensor) -> Tensor:
