@@ -38,6 +38,8 @@ from setpoint.nn.norm.evonorm import (
 )
 from setpoint.nn.norm.fixnorm import FixNormEmbedding
 from setpoint.nn.norm.functional import crms_norm, layer_norm, rms_norm
+from setpoint.nn.norm.gdn import GDN, GDN1
+from setpoint.nn.norm.gdn_density import GDNDensity
 from setpoint.nn.norm.layernorm import LayerNorm, LayerNorm2d, LayerNormCHW
 from setpoint.nn.norm.mean_only_batchnorm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from setpoint.nn.norm.online_norm import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
@@ -58,6 +60,8 @@ from setpoint.nn.weight.standardization import WeightStandardization, standardiz
 from setpoint.nn.weight.weightnorm import WeightNorm, apply_weight_norm, remove_weight_norm, weight_norm
 
 __all__ = [
+    "GDN",
+    "GDN1",
     "LNLSTM",
     "BatchNorm1d",
     "BatchNorm2d",
@@ -72,6 +76,7 @@ __all__ = [
     "EvoNorm2dS2",
     "FixNormEmbedding",
     "FrozenBatchNorm",
+    "GDNDensity",
     "GhostBatchNorm",
     "GroupScaling",
     "KVBias",
