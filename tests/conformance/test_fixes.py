@@ -11,7 +11,7 @@ from torch import nn
 
 from setpoint.catalog import items
 from setpoint.fixing.spec import fix_class
-from setpoint.nn import PowerNorm, UnifiedNorm, weight_norm
+from setpoint.nn import LIF, MPBNLIF, PowerNorm, UnifiedNorm, weight_norm
 from setpoint.testing import check_fix
 from setpoint.testing.tiny import shaken, tiny
 
@@ -34,12 +34,21 @@ def batch_normalized() -> tuple[nn.Module, torch.Tensor]:
         return shaken(nn.Sequential(*layers)), torch.randn(2, 3, 8, 8)
 
 
+def spiking(neuron: nn.Module) -> tuple[nn.Module, torch.Tensor]:
+    """A hidden layer with neurons, over three time steps."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return shaken(nn.Sequential(nn.Linear(4, 8), neuron, nn.Linear(8, 3))), torch.randn(3, 5, 4)
+
+
 OWN = {
     "lns-fold": partial(tiny, "scaled"),
     "fold-weights": normalized,
     "unified-norm-fold": partial(tiny, "decoder", norm=UnifiedNorm),
     "powernorm-fold": partial(tiny, "decoder", norm=partial(PowerNorm, group_num=2)),
     "online-norm": batch_normalized,
+    "mpbn": lambda: spiking(LIF()),
+    "mpbn-fold": lambda: spiking(MPBNLIF(8)),
 }
 """Models for fixes that are made for one kind of model alone."""
 

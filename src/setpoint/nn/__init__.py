@@ -42,6 +42,7 @@ from setpoint.nn.norm.gdn import GDN, GDN1
 from setpoint.nn.norm.gdn_density import GDNDensity
 from setpoint.nn.norm.layernorm import LayerNorm, LayerNorm2d, LayerNormCHW
 from setpoint.nn.norm.mean_only_batchnorm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
+from setpoint.nn.norm.mpbn import MPBNLIF
 from setpoint.nn.norm.online_norm import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
 from setpoint.nn.norm.powernorm import GroupScaling, PowerNorm, PowerNormV
 from setpoint.nn.norm.rmsnorm import CRMSNorm, RMSNorm
@@ -51,6 +52,9 @@ from setpoint.nn.norm.unified_norm import UnifiedNorm
 
 # recurrent cells
 from setpoint.nn.recurrent import LNLSTM, LNGRUCell, LNLSTMCell
+
+# neurons that spike
+from setpoint.nn.spiking import LIF, OverTime, fire
 
 # weights as functions of other parameters: put on a layer, folded away again
 from setpoint.nn.weight.conditioning import WeightConditioning, condition_model, condition_number, condition_weight
@@ -62,7 +66,9 @@ from setpoint.nn.weight.weightnorm import WeightNorm, apply_weight_norm, remove_
 __all__ = [
     "GDN",
     "GDN1",
+    "LIF",
     "LNLSTM",
+    "MPBNLIF",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -95,6 +101,7 @@ __all__ = [
     "OnlineNorm3d",
     "OutputLN",
     "OutputNorm",
+    "OverTime",
     "PeriLN",
     "PeriNorm",
     "Placement",
@@ -118,6 +125,7 @@ __all__ = [
     "condition_weight",
     "crms_norm",
     "data_dependent_init",
+    "fire",
     "fold_batchnorm",
     "fold_weights",
     "freeze_batchnorm",
