@@ -30,7 +30,7 @@ from setpoint.nn.block import NormFactory
 from setpoint.studies import Arm, Better, Budget, Claim, Context, NotWorse, Outcome, Tuning, study
 from setpoint.studies import _language as language
 
-RATES = [0.004 * 2**k for k in range(8)]
+RATES = [0.002 * 2**k for k in range(9)]
 
 
 def nothing(dim: int) -> nn.Module:  # noqa: ARG001  a norm factory
@@ -102,7 +102,7 @@ def language_model(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budg
     arms=(RMSNORM, Arm("dyt", "DyT at every place", {"norm": squashing}), NONE),
     claims=(
         Claim(
-            "The largest of eight learning rates (0.004 to 0.512, doubling) that trains is at least twice as large "
+            "The largest of nine learning rates (0.002 to 0.512, doubling) that trains is at least twice as large "
             "with DyT as without a norm.",
             Better(1.0),
             "largest_rate",
