@@ -47,6 +47,7 @@ OWN = {
     "unified-norm-fold": partial(tiny, "decoder", norm=UnifiedNorm),
     "powernorm-fold": partial(tiny, "decoder", norm=partial(PowerNorm, group_num=2)),
     "online-norm": batch_normalized,
+    "alpha-bn": batch_normalized,
     "mpbn": lambda: spiking(LIF()),
     "mpbn-fold": lambda: spiking(MPBNLIF(8)),
 }

@@ -18,6 +18,7 @@ from setpoint.nn.init.data_dependent import data_dependent_init
 from setpoint.nn.init.small_init import small_init_
 
 # norms: statistics over an example, over a batch, or none at all
+from setpoint.nn.norm.alpha_bn import AlphaBatchNorm, adapt_batchnorm, batchnorm_adapted
 from setpoint.nn.norm.batchnorm import (
     BatchNorm1d,
     BatchNorm2d,
@@ -69,6 +70,7 @@ __all__ = [
     "LIF",
     "LNLSTM",
     "MPBNLIF",
+    "AlphaBatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
@@ -119,7 +121,9 @@ __all__ = [
     "WeightConditioning",
     "WeightNorm",
     "WeightStandardization",
+    "adapt_batchnorm",
     "apply_weight_norm",
+    "batchnorm_adapted",
     "condition_model",
     "condition_number",
     "condition_weight",
