@@ -30,7 +30,7 @@ def batch_normalized() -> tuple[nn.Module, torch.Tensor]:
     """A convolution, a batch norm and a classifier."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        layers = (nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+        layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5))
         return shaken(nn.Sequential(*layers)), torch.randn(2, 3, 8, 8)
 
 
@@ -48,6 +48,7 @@ OWN = {
     "powernorm-fold": partial(tiny, "decoder", norm=partial(PowerNorm, group_num=2)),
     "online-norm": batch_normalized,
     "alpha-bn": batch_normalized,
+    "evonorm": batch_normalized,
     "mpbn": lambda: spiking(LIF()),
     "mpbn-fold": lambda: spiking(MPBNLIF(8)),
 }
