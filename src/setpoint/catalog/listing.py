@@ -98,7 +98,8 @@ def shell_form(item: Item) -> str:
     if item.kind == "check":
         return f"setpoint check MODEL --probe {item.id}"
     if item.kind == "fix":
-        return f"setpoint fix MODEL --with {item.id} -o OUT"
+        training = " --retrain DATA" if item.preserves == "retrain" else ""
+        return f"setpoint fix MODEL --with {item.id}{training} -o OUT"
     return ""
 
 

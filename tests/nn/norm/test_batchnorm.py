@@ -325,6 +325,23 @@ def test_recalibration_averages_over_batches_without_bias() -> None:
     assert model[0].momentum == 0.1
 
 
+def test_a_norm_that_no_batch_reaches_keeps_its_averages() -> None:
+    class Forked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.aside = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            out: torch.Tensor = self.used(x)
+            return out
+
+    model = Forked()
+    torch.nn.init.constant_(model.aside.running_mean, 3.0)
+    recalibrate(model, [torch.randn(4, 2) + 5])
+    assert model.aside.running_mean.tolist() == [3.0, 3.0]
+    assert (model.used.running_mean > 1).all()
+
+
 def test_failed_recalibration_puts_the_averages_back() -> None:
     model = nn.Sequential(settled(nn.BatchNorm1d(2)))
     before = deepcopy(model.state_dict())

@@ -28,7 +28,8 @@ class KVBias(nn.Module):
     Args:
         num_kv_heads: Key and value heads.
         head_dim: Width of a head.
-        slot_logit: Added to the slot's logits. At -1e9 the slot gets no weight and the attention is the plain one.
+        slot_logit: Added to the slot's logits. At ``-inf`` the slot gets no weight and the attention is the plain
+            one, in every dtype.
         device, dtype: Of the parameters.
 
     Raises:

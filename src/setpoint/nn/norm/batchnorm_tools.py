@@ -35,7 +35,7 @@ def recalibrate(
 
     Needed after weights were averaged, pruned, quantized or merged, when the averages are those of another network.
     Only batch norms are put in training mode meanwhile, so dropout stays off; everything but their averages is left as
-    it was.
+    it was. A norm that no batch reaches keeps its averages.
 
     Args:
         model: Changed in place: only ``running_mean``, ``running_var`` and ``num_batches_tracked``.
@@ -243,10 +243,13 @@ def _with_replaced(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.M
 
 @contextmanager
 def _averaging(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
-    """Fresh averages with equal weights while it lasts; modes and momenta return, and on an error the averages too."""
+    """Fresh averages with equal weights while it lasts; modes and momenta return.
+
+    The old averages come back on an error, and to a norm that saw no batch.
+    """
     modes = [(module, module.training) for module in model.modules()]
     momenta = [(norm, norm.momentum) for norm in norms]
-    kept = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+    kept = [(norm, buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
     try:
         for module, _ in modes:
             module.training = False
@@ -254,11 +257,14 @@ def _averaging(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
             norm.reset_running_stats()
             norm.momentum, norm.training = None, True
         yield
+        unseen = {norm for norm in norms if not norm.num_batches_tracked}
     except BaseException:
-        for buffer, value in kept:
-            buffer.copy_(value)
+        unseen = set(norms)
         raise
     finally:
+        for norm, buffer, value in kept:
+            if norm in unseen:
+                buffer.copy_(value)
         for module, training in modes:
             module.training = training
         for norm, momentum in momenta:
