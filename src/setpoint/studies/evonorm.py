@@ -12,21 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from statistics import fmean
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn import functional as F
 
 from setpoint.nn import EvoNorm2dB0, EvoNorm2dS0
-from setpoint.studies import Arm, Better, Budget, Claim, Context, NotWorse, Outcome, Tuning, study
-from setpoint.studies.batchnorm import split, version
-from setpoint.types import Series
+from setpoint.studies import Arm, Better, Budget, Claim, Context, Outcome, study
+from setpoint.studies._digits import GUESS, as_accurate, rates, trained
+from setpoint.studies.batchnorm import version
 
 GROUP_SIZE = 8
-READINGS = 20
-GUESS = 0.1
 
 Unit = Callable[[int], nn.Module]
 
@@ -61,34 +56,8 @@ def network(unit: Unit) -> nn.Sequential:
 
 
 def outcome(size: int, arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budget, ctx: Context) -> Outcome:
-    """One training run at a batch size; accuracy in evaluation mode, averaged over the last quarter of the run."""
-    images, labels, held, labels_held = (part.to(ctx.device) for part in split(ctx.split))
-    torch.manual_seed(seed)
-    model = network(arm["unit"]).to(ctx.device)
-    order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=setting["lr"], momentum=0.9)
-    steps = budget["samples"] // size
-    every = max(1, steps // READINGS)
-    at, accuracy = [], []
-    for step in range(1, steps + 1):
-        batch = torch.randint(len(images), (size,), generator=order)
-        optimizer.zero_grad()
-        F.cross_entropy(model(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if step % every == 0:
-            model.eval()
-            with torch.no_grad():
-                accuracy.append((model(held).argmax(1) == labels_held).float().mean().item())
-            model.train()
-            at.append(step)
-            ctx.progress(step, steps, f"accuracy {accuracy[-1]:.3f}")
-    end = fmean(accuracy[-max(1, len(accuracy) // 4) :])
-    return Outcome(
-        {"accuracy": end, "error": 1 - end},
-        curves=(Series("held-out accuracy over step", tuple(map(float, at)), tuple(accuracy)),),
-        cost={"parameters": sum(p.numel() for p in model.parameters())},
-        conditions={"samples": steps * size, "batch": size, "images": len(images)},
-    )
+    """One training run at a batch size."""
+    return trained(partial(network, arm["unit"]), size, seed, budget, ctx, lr=setting["lr"], momentum=0.9)
 
 
 SIZES = {
@@ -98,15 +67,7 @@ SIZES = {
 }
 
 
-def rates(size: int) -> Tuning:
-    """Learning rates around one that suits a batch of 32, moved with the root of the size."""
-    middle = 0.02 * (size / 32) ** 0.5
-    return Tuning({"lr": tuple(middle * factor for factor in (0.25, 1.0, 4.0))}, metric="error", seeds=2)
-
-
-def as_accurate(text: str, method: str, than: str) -> Claim:
-    """At most one point worse than another arm."""
-    return Claim(text, NotWorse(0.01), "accuracy", method, than, better="higher", diverged=GUESS)
+FACTORS = (0.25, 1.0, 4.0)
 
 
 @study(
@@ -125,7 +86,7 @@ def as_accurate(text: str, method: str, than: str) -> Claim:
         as_accurate("It ends as accurate as group norm with ReLU, to a point.", "s0", "group-relu"),
         as_accurate("It ends as accurate as group norm with SiLU, to a point.", "s0", "group-silu"),
     ),
-    tuning=rates(2),
+    tuning=rates(0.02, 2, FACTORS),
     budgets=SIZES,
     data=("digits",),
     data_version=version,
@@ -143,7 +104,7 @@ def batches_of_two(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budg
         as_accurate("So does S0.", "s0", "batch-relu"),
         as_accurate("S0 ends as accurate as group norm with SiLU, to a point.", "s0", "group-silu"),
     ),
-    tuning=rates(32),
+    tuning=rates(0.02, 32, FACTORS),
     budgets=SIZES,
     data=("digits",),
     data_version=version,

@@ -11,21 +11,17 @@ Reference: Chiley et al., 2019, "Online Normalization for Training Neural Networ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from statistics import fmean
+from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from setpoint.nn import BatchNorm1d, LayerNorm, OnlineNorm1d
-from setpoint.studies import Arm, Better, Budget, Claim, Context, NotWorse, Outcome, Tuning, study
-from setpoint.studies.batchnorm import split, version
-from setpoint.types import Series
+from setpoint.studies import Arm, Better, Budget, Claim, Context, Outcome, study
+from setpoint.studies._digits import GUESS, as_accurate, rates, trained
+from setpoint.studies.batchnorm import version
 
 WIDTH = 100
-READINGS = 20
-GUESS = 0.1
-"""Accuracy of a guess, as which a diverged run counts."""
 
 
 def fast(width: int) -> nn.Module:
@@ -58,41 +54,11 @@ def network(norm: Callable[[int], nn.Module]) -> nn.Sequential:
 
 
 def outcome(size: int, arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budget, ctx: Context) -> Outcome:
-    """One training run at a batch size; accuracy in evaluation mode, averaged over the last quarter of the run."""
-    images, labels, held, labels_held = (part.to(ctx.device) for part in split(ctx.split))
-    torch.manual_seed(seed)
-    model = network(arm["norm"]).to(ctx.device)
-    order = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), lr=setting["lr"])
-    loss = nn.CrossEntropyLoss()
-    steps = budget["samples"] // size
-    every = max(1, steps // READINGS)
-    at, accuracy = [], []
-    for step in range(1, steps + 1):
-        batch = torch.randint(len(images), (size,), generator=order)
-        optimizer.zero_grad()
-        loss(model(images[batch]), labels[batch]).backward()
-        optimizer.step()
-        if step % every == 0:
-            model.eval()
-            with torch.no_grad():
-                accuracy.append((model(held).argmax(1) == labels_held).float().mean().item())
-            model.train()
-            at.append(step)
-            ctx.progress(step, steps, f"accuracy {accuracy[-1]:.3f}")
-    end = fmean(accuracy[-max(1, len(accuracy) // 4) :])
-    return Outcome(
-        {"accuracy": end, "error": 1 - end},
-        curves=(Series("held-out accuracy over step", tuple(map(float, at)), tuple(accuracy)),),
-        cost={"parameters": sum(p.numel() for p in model.parameters())},
-        conditions={"samples": steps * size, "batch": size, "images": len(images)},
-    )
+    """One training run at a batch size."""
+    return trained(partial(network, arm["norm"]), size, seed, budget, ctx, lr=setting["lr"])
 
 
-def rates(size: int) -> Tuning:
-    """Learning rates around one that suits a batch of 32, moved with the root of the size."""
-    middle = 0.04 * (size / 32) ** 0.5
-    return Tuning({"lr": tuple(middle * factor for factor in (0.25, 1.0, 4.0, 16.0))}, metric="error", seeds=2)
+FACTORS = (0.25, 1.0, 4.0, 16.0)
 
 
 def more_accurate(text: str, by: float, than: str) -> Claim:
@@ -100,19 +66,14 @@ def more_accurate(text: str, by: float, than: str) -> Claim:
     return Claim(text, Better(by), "accuracy", "online", than, better="higher", diverged=GUESS)
 
 
-def as_accurate(text: str, than: str) -> Claim:
-    """Online normalization is at most one point worse than another arm."""
-    return Claim(text, NotWorse(0.01), "accuracy", "online", than, better="higher", diverged=GUESS)
-
-
 @study(
     "Does it train with batches of two, where batch norm's statistics are noise?",
     arms=(PLAIN, LAYER, BATCH, ONLINE, FAST),
     claims=(
         more_accurate("It ends more accurate than batch norm, by two points or more.", 0.02, "batchnorm"),
-        as_accurate("It ends as accurate as layer norm, to a point.", "layernorm"),
+        as_accurate("It ends as accurate as layer norm, to a point.", "online", "layernorm"),
     ),
-    tuning=rates(2),
+    tuning=rates(0.04, 2, FACTORS),
     budgets=SIZES,
     data=("digits",),
     data_version=version,
@@ -127,9 +88,9 @@ def batches_of_two(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budg
     arms=(PLAIN, LAYER, ONLINE),
     claims=(
         more_accurate("It ends more accurate than no normalization, by a point or more.", 0.01, "plain"),
-        as_accurate("It ends as accurate as layer norm, to a point.", "layernorm"),
+        as_accurate("It ends as accurate as layer norm, to a point.", "online", "layernorm"),
     ),
-    tuning=rates(1),
+    tuning=rates(0.04, 1, FACTORS),
     budgets=SIZES,
     data=("digits",),
     data_version=version,
@@ -142,8 +103,8 @@ def batches_of_one(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budg
 @study(
     "Is it as good as batch norm where that has its batches?",
     arms=(PLAIN, LAYER, BATCH, ONLINE, FAST),
-    claims=(as_accurate("It ends as accurate as batch norm, to a point.", "batchnorm"),),
-    tuning=rates(32),
+    claims=(as_accurate("It ends as accurate as batch norm, to a point.", "online", "batchnorm"),),
+    tuning=rates(0.04, 32, FACTORS),
     budgets=SIZES,
     data=("digits",),
     data_version=version,
