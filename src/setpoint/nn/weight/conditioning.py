@@ -114,9 +114,11 @@ def condition_weight(
         Saratchandran, Wang and Lucey, 2024, arXiv 2409.03424.
 
     Example:
-        >>> layer = condition_weight(nn.Linear(3, 4))
-        >>> layer.weight.norm(dim=1).detach()
-        tensor([1.0000, 1.0000, 1.0000, 1.0000])
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[0.0, 2.0], [-4.0, 0.0]]))
+        >>> condition_weight(layer).weight.detach()
+        tensor([[ 0.,  1.],
+                [-1.,  0.]])
     """
     return put(module, name, _made(module, name, mode, detach_preconditioner, eps))
 
