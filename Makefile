@@ -23,8 +23,8 @@ test-all: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 lint: $(VENV)/.test
-	$(BIN)/ruff check src tests benchmarks docs changelog.d
-	$(BIN)/ruff format --check src tests benchmarks docs changelog.d
+	$(BIN)/ruff check conftest.py src tests benchmarks docs changelog.d
+	$(BIN)/ruff format --check conftest.py src tests benchmarks docs changelog.d
 	$(BIN)/mypy
 
 $(VENV)/.created:
