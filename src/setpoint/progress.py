@@ -9,3 +9,7 @@ Progress = Callable[[int, int, str], None]
 
 def unseen(done: int, total: int, text: str) -> None:
     """Progress that nobody watches."""
+
+
+def unheard(text: str) -> None:
+    """A note that nobody reads."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from setpoint import fix
 from setpoint.catalog import items
 from setpoint.fixing.spec import fix_class
 from setpoint.nn import LIF, MPBNLIF, PowerNorm, UnifiedNorm, weight_norm
@@ -24,6 +25,14 @@ def normalized() -> tuple[nn.Module, torch.Tensor]:
     weight_norm(model[0])
     weight_norm(model[2])
     return model, batch
+
+
+def projected() -> tuple[nn.Module, torch.Tensor]:
+    """The tiny decoder, whose head is its token table, with embedding projections."""
+    model, batch = tiny("decoder")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return shaken(fix(model, "osp:norms=false", [batch], timed=False).model), batch
 
 
 def batch_normalized() -> tuple[nn.Module, torch.Tensor]:
@@ -47,7 +56,9 @@ OWN = {
     "unified-norm-fold": partial(tiny, "decoder", norm=UnifiedNorm),
     "powernorm-fold": partial(tiny, "decoder", norm=partial(PowerNorm, group_num=2)),
     "online-norm": batch_normalized,
+    "osp-fold": projected,
     "alpha-bn": batch_normalized,
+    "bn-fold": batch_normalized,
     "evonorm": batch_normalized,
     "mpbn": lambda: spiking(LIF()),
     "mpbn-fold": lambda: spiking(MPBNLIF(8)),

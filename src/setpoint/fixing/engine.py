@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from setpoint.fixing.result import Fixed
 from setpoint.fixing.spec import chosen, to_text
 from setpoint.loading import batches_for, load, loss_for
 from setpoint.placing import as_batches
-from setpoint.progress import Progress, unseen
+from setpoint.progress import Progress, unheard, unseen
 from setpoint.running import untouched
 from setpoint.surgery import Anatomy
 from setpoint.surgery.comparing import double
@@ -211,11 +212,18 @@ class _Run:
     resume: Path | None
     progress: Progress
 
-    def plan(self, each: Fix, model: nn.Module, anatomy: Anatomy, inputs: Sequence[Any]) -> list[Edit]:
+    def plan(
+        self,
+        each: Fix,
+        model: nn.Module,
+        anatomy: Anatomy,
+        inputs: Sequence[Any],
+        note: Callable[[str], None] = unheard,
+    ) -> list[Edit]:
         """A fix's edits for a model; the same seed each time, so that float64 and the own type draw alike."""
         generator = torch.Generator().manual_seed(self.seed)
-        forward, progress = self.loaded.forward, self.progress
-        return each.plan(FixContext(model, anatomy, self.reference, inputs, forward, generator, progress, self.resume))
+        forward, progress, resume = self.loaded.forward, self.progress, self.resume
+        return each.plan(FixContext(model, anatomy, self.reference, inputs, forward, generator, progress, resume, note))
 
 
 @dataclass(slots=True)
@@ -251,7 +259,7 @@ def _apply(wanted: Sequence[Fix], work: nn.Module, run: _Run, undo: Undo) -> _Do
             if refusal is not None:
                 raise Refused(each.id, refusal)
             run.progress(index, len(wanted), f"{each.id}: planning")
-            planned = run.plan(each, work, anatomy, run.inputs)
+            planned = run.plan(each, work, anatomy, run.inputs, partial(_note, done.notes, each.id))
         except Refused as refused:
             if not refused.refusal.done:
                 raise
@@ -267,6 +275,10 @@ def _apply(wanted: Sequence[Fix], work: nn.Module, run: _Run, undo: Undo) -> _Do
             if done.judged is not None:
                 done.judged.append(seen)
     return done
+
+
+def _note(notes: list[str], fix: str, text: str) -> None:
+    notes.append(f"{fix}: {text}")
 
 
 def _judged(each: Fix, before: nn.Module, after: nn.Module, run: _Run) -> tuple[float, float]:

@@ -13,6 +13,9 @@ from setpoint.nn.block.lns import LayerNormScaling, ScaledPreNorm
 from setpoint.nn.block.peri_ln import OutputLN, OutputNorm, PeriLN, PeriNorm
 from setpoint.nn.block.pre_ln import PostLN, PostNorm, PreLN, PreNorm
 
+# token tables and heads
+from setpoint.nn.embedding_projection import EmbeddingProjection, ProjectedEmbedding, ProjectedHead
+
 # how weights start
 from setpoint.nn.init.data_dependent import data_dependent_init
 from setpoint.nn.init.small_init import small_init_
@@ -49,6 +52,7 @@ from setpoint.nn.norm.powernorm import GroupScaling, PowerNorm, PowerNormV
 from setpoint.nn.norm.rmsnorm import CRMSNorm, RMSNorm
 from setpoint.nn.norm.scalenorm import ScaleNorm, scale_norm
 from setpoint.nn.norm.sdd import SDDLinear
+from setpoint.nn.norm.ssnorm import SSNorm
 from setpoint.nn.norm.unified_norm import UnifiedNorm
 
 # recurrent cells
@@ -76,6 +80,7 @@ __all__ = [
     "BatchNorm3d",
     "CRMSNorm",
     "DyT",
+    "EmbeddingProjection",
     "EvoNorm2dB0",
     "EvoNorm2dB1",
     "EvoNorm2dB2",
@@ -113,8 +118,11 @@ __all__ = [
     "PowerNormV",
     "PreLN",
     "PreNorm",
+    "ProjectedEmbedding",
+    "ProjectedHead",
     "RMSNorm",
     "SDDLinear",
+    "SSNorm",
     "ScaleNorm",
     "ScaledPreNorm",
     "UnifiedNorm",

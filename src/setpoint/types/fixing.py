@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from setpoint.progress import Progress
+from setpoint.progress import Progress, unheard
 
 if TYPE_CHECKING:
     import torch
@@ -86,6 +86,7 @@ class FixContext:
         generator: The only source of randomness.
         progress: ``progress(done, total, text)``.
         resume: A folder for partial results, None to keep none.
+        note: ``note(text)`` tells the user what was left as it was, and why.
     """
 
     model: nn.Module
@@ -96,6 +97,7 @@ class FixContext:
     generator: torch.Generator
     progress: Progress
     resume: Path | None = None
+    note: Callable[[str], None] = unheard
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,15 +17,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from setpoint.errors import InputError, nearest
 from setpoint.nn.norm.batchnorm import FrozenBatchNorm
-from setpoint.nn.norm.functional import wide
+from setpoint.nn.norm.batchnorm_folding import foldable, folded_tensors
 from setpoint.running import Forward, run_batch
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-_Affine = nn.Linear | nn.modules.conv._ConvNd
 
 
 def recalibrate(
@@ -147,89 +146,17 @@ def fold_batchnorm(
     wanted = norms if only is None else set(only)
     for name in sorted(wanted - norms):
         raise InputError(f"no batch norm is called {name!r}; the nearest names are {', '.join(nearest(name, norms))}")
-    feeds, reasons = _read(model, batch, forward, wanted)
+    feeds, reasons = foldable(model, batch, wanted, forward=forward)
     if reasons:
         listed = "; ".join(f"{name}: {reason}" for name, reason in sorted(reasons.items()))
         raise InputError(f"can't fold {listed}. Name the batch norms to fold in `only` to leave these as they are")
     folded = model if inplace else deepcopy(model)
     modules = dict(folded.named_modules())
-    for name, layer in feeds.items():
-        _fold(modules[layer], modules[name])
+    for name, path in feeds.items():
+        layer = modules[path]
+        for own, tensor in zip(("weight", "bias"), folded_tensors(layer, modules[name]), strict=True):
+            layer.register_parameter(own, nn.Parameter(tensor, requires_grad=layer.weight.requires_grad))
     return _with_replaced(folded, {name: nn.Identity().train(modules[name].training) for name in feeds})
-
-
-def _read(
-    model: nn.Module, batch: Any, forward: Forward | None, wanted: Collection[str]
-) -> tuple[dict[str, str], dict[str, str]]:
-    """Norm -> name of the layer to fold it into, and norm -> why not."""
-    from setpoint.running import untouched
-    from setpoint.surgery.graph import Graph
-    from setpoint.surgery.tape import record
-
-    with untouched(model):
-        graph = Graph(record(model, batch, forward))
-    modules = dict(model.named_modules())
-    runs: dict[str, list[Any]] = {}
-    for call in graph.tape.calls:
-        runs.setdefault(call.name, []).append(call)
-    returned = {value.index for value in graph.tape.outputs}
-    feeds: dict[str, str] = {}
-    reasons: dict[str, str] = {}
-    for name in sorted(wanted):
-        norm = modules[name]
-        if norm.running_mean is None:
-            reasons[name] = "it keeps no running averages"
-            continue
-        if len(runs.get(name, ())) != 1:
-            reasons[name] = f"it ran {len(runs.get(name, ()))} times on this batch, and only a single use can be folded"
-            continue
-        value = runs[name][0].inputs[0]
-        weight = graph.weights.get(value.index)
-        layer = weight.node.call.name if weight is not None else ""
-        module = modules.get(layer)
-        if weight is None or not isinstance(module, _Affine):
-            reasons[name] = "it doesn't read a convolution or a linear layer directly"
-        elif any(runs[name][0] not in node.call.ancestors() for node in graph.readers[value.index]) or (
-            value.index in returned
-        ):
-            reasons[name] = f"the output of {layer} is used elsewhere too"
-        elif len(runs[layer]) != 1 or len(_owners(model, module.weight)) != 1:
-            reasons[name] = f"{layer} runs several times or shares its weight with another layer"
-        elif value.tensor.shape[1] != norm.num_features or (isinstance(module, nn.Linear) and value.tensor.dim() != 2):
-            reasons[name] = f"its channels are not the output channels of {layer}"
-        else:
-            feeds[name] = layer
-    return feeds, reasons
-
-
-def _owners(model: nn.Module, parameter: Tensor) -> list[str]:
-    return [name for name, p in model.named_parameters(remove_duplicate=False) if p is parameter]
-
-
-@torch.no_grad()
-def _fold(layer: nn.Module, norm: nn.Module) -> None:
-    """New parameters for the layer; the old tensors stay as they are, whoever else holds them."""
-    assert isinstance(layer, _Affine)
-    assert isinstance(norm, _BatchNorm | FrozenBatchNorm)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    weight = wide(layer.weight)
-    scale = torch.rsqrt(wide(norm.running_var) + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight
-    bias = -wide(norm.running_mean) if layer.bias is None else wide(layer.bias) - wide(norm.running_mean)
-    bias = bias * scale
-    if norm.bias is not None:
-        bias = bias + norm.bias
-    if isinstance(layer, nn.modules.conv._ConvTransposeNd):
-        # its weight is (in, out / groups, ...): output channels run over the groups of axis 0 and then over axis 1
-        grouped = weight.unflatten(0, (layer.groups, -1))  # type: ignore[no-untyped-call]
-        factor = scale.view(layer.groups, 1, -1, *(1,) * (weight.dim() - 2))
-        folded = (grouped * factor).flatten(0, 1)
-    else:
-        folded = weight * scale.view(-1, *(1,) * (weight.dim() - 1))
-    layer.weight = nn.Parameter(folded.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
-    layer.bias = nn.Parameter(bias.to(layer.weight.dtype), requires_grad=layer.weight.requires_grad)
 
 
 def _with_replaced(model: nn.Module, replacements: dict[str, nn.Module]) -> nn.Module:
