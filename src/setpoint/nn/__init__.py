@@ -13,6 +13,9 @@ from setpoint.nn.block.lns import LayerNormScaling, ScaledPreNorm
 from setpoint.nn.block.peri_ln import OutputLN, OutputNorm, PeriLN, PeriNorm
 from setpoint.nn.block.pre_ln import PostLN, PostNorm, PreLN, PreNorm
 
+# masks and segmentation maps for layers deep inside a model
+from setpoint.nn.conditioning import Conditioned, condition, conditioned, keep_conditions, nearest
+
 # token tables and heads
 from setpoint.nn.embedding_projection import EmbeddingProjection, ProjectedEmbedding, ProjectedHead
 
@@ -49,6 +52,7 @@ from setpoint.nn.norm.mean_only_batchnorm import MeanOnlyBatchNorm1d, MeanOnlyBa
 from setpoint.nn.norm.mpbn import MPBNLIF
 from setpoint.nn.norm.online_norm import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
 from setpoint.nn.norm.powernorm import GroupScaling, PowerNorm, PowerNormV
+from setpoint.nn.norm.region_norm import RNB, RNL, RegionNorm, region_norm
 from setpoint.nn.norm.rmsnorm import CRMSNorm, RMSNorm
 from setpoint.nn.norm.scalenorm import ScaleNorm, scale_norm
 from setpoint.nn.norm.sdd import SDDLinear
@@ -74,11 +78,14 @@ __all__ = [
     "LIF",
     "LNLSTM",
     "MPBNLIF",
+    "RNB",
+    "RNL",
     "AlphaBatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
     "CRMSNorm",
+    "Conditioned",
     "DyT",
     "EmbeddingProjection",
     "EvoNorm2dB0",
@@ -121,6 +128,7 @@ __all__ = [
     "ProjectedEmbedding",
     "ProjectedHead",
     "RMSNorm",
+    "RegionNorm",
     "SDDLinear",
     "SSNorm",
     "ScaleNorm",
@@ -132,18 +140,23 @@ __all__ = [
     "adapt_batchnorm",
     "apply_weight_norm",
     "batchnorm_adapted",
+    "condition",
     "condition_model",
     "condition_number",
     "condition_weight",
+    "conditioned",
     "crms_norm",
     "data_dependent_init",
     "fire",
     "fold_batchnorm",
     "fold_weights",
     "freeze_batchnorm",
+    "keep_conditions",
     "layer_norm",
+    "nearest",
     "placement",
     "recalibrate",
+    "region_norm",
     "remove_weight_norm",
     "rms_norm",
     "scale_norm",
