@@ -56,6 +56,7 @@ from setpoint.nn.norm.region_norm import RNB, RNL, RegionNorm, region_norm
 from setpoint.nn.norm.rmsnorm import CRMSNorm, RMSNorm
 from setpoint.nn.norm.scalenorm import ScaleNorm, scale_norm
 from setpoint.nn.norm.sdd import SDDLinear
+from setpoint.nn.norm.spade import SPADE
 from setpoint.nn.norm.ssnorm import SSNorm
 from setpoint.nn.norm.unified_norm import UnifiedNorm
 
@@ -80,6 +81,7 @@ __all__ = [
     "MPBNLIF",
     "RNB",
     "RNL",
+    "SPADE",
     "AlphaBatchNorm",
     "BatchNorm1d",
     "BatchNorm2d",
