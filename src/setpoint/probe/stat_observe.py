@@ -195,7 +195,7 @@ def _observe_columns(x: Tensor, statistics: SiteStatistics, scratch: Scratch, la
     if columns is None:
         return False
     active: Tensor | float = float(len(x))
-    if Stat.ZEROS in statistics.wanted and holds_zero(x, scratch):
+    if Stat.ZEROS in statistics.wanted and holds_zero(x):
         space = scratch.workspace(x)
         torch.ne(x, 0, out=space.square)
         active = torch.sum(space.square, 0)

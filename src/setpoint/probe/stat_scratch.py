@@ -14,7 +14,7 @@ ROWS = 1 << 12
 
 _CHUNK = {"cpu": 1 << 20}
 _CHUNK_ELSEWHERE = 1 << 23
-_AT_ONCE = 8
+_AT_ONCE = 16
 _SHAPES = 64
 
 
@@ -73,8 +73,7 @@ class Scratch:
         if not self._free.get(kind):
             if len(self._free) > _SHAPES:  # batches of ever new lengths
                 self._free.clear()
-            built = [self._build(x) for _ in range(_AT_ONCE)]  # one after the other is many times quicker
-            self._free[kind] = built
+            self._free[kind] = self._build(x)
         return self._free[kind].pop()
 
     def release(self, space: Workspace) -> None:
@@ -83,27 +82,29 @@ class Scratch:
         if buffer is not None and buffer.data_ptr() == space.square.data_ptr():
             self._free.setdefault((space.square.shape, space.square.device), []).append(space)
 
-    def _build(self, x: Tensor) -> Workspace:
-        rows, width = x.shape
+    def _build(self, x: Tensor) -> list[Workspace]:
+        """Several at once: their views come from a few calls for all of them."""
+        (rows, width), count = x.shape, _AT_ONCE
         with torch.inference_mode(False):
             square = self.take("square", x)
-            sums = torch.empty(5, width, device=x.device)
-            scalars = torch.empty(4, device=x.device)
-            by_row = torch.empty(4, rows, device=x.device)
-            return Workspace(
-                square=square,
-                flat=square.view(-1),
-                column=self.ones(width, x).view(width, 1),
-                sums=sums,
-                parts=sums.unbind(),
-                low=sums[:2],
-                scalars=scalars,
-                low_sums=scalars[:2],
-                third=scalars[2],
-                fourth=scalars[3],
-                rows=by_row,
-                row_squares=by_row[0].unsqueeze(1),
+            flat, column = square.view(-1), self.ones(width, x).view(width, 1)
+            sums = torch.empty(count, 5, width, device=x.device)
+            scalars = torch.empty(count, 4, device=x.device)
+            by_row = torch.empty(count, 4, rows, device=x.device)
+            parts = sums.view(count * 5, width).unbind()
+            views = zip(
+                sums.unbind(),
+                (parts[5 * i : 5 * i + 5] for i in range(count)),
+                sums[:, :2].unbind(),
+                scalars.unbind(),
+                scalars[:, :2].unbind(),
+                scalars[:, 2].unbind(),
+                scalars[:, 3].unbind(),
+                by_row.unbind(),
+                by_row[:, 0].unsqueeze(2).unbind(),
+                strict=True,
             )
+            return [Workspace(square, flat, column, *own) for own in views]
 
     def take(self, name: str, like: Tensor) -> Tensor:
         """A contiguous float32 tensor of ``like``'s shape and device; its content is arbitrary."""
