@@ -47,6 +47,7 @@ from setpoint.nn.norm.fixnorm import FixNormEmbedding
 from setpoint.nn.norm.functional import crms_norm, layer_norm, rms_norm
 from setpoint.nn.norm.gdn import GDN, GDN1
 from setpoint.nn.norm.gdn_density import GDNDensity
+from setpoint.nn.norm.gdwct import GDWCT, group_wct, whitening_loss
 from setpoint.nn.norm.layernorm import LayerNorm, LayerNorm2d, LayerNormCHW
 from setpoint.nn.norm.mean_only_batchnorm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from setpoint.nn.norm.mpbn import MPBNLIF
@@ -76,6 +77,7 @@ from setpoint.nn.weight.weightnorm import WeightNorm, apply_weight_norm, remove_
 __all__ = [
     "GDN",
     "GDN1",
+    "GDWCT",
     "LIF",
     "LNLSTM",
     "MPBNLIF",
@@ -153,6 +155,7 @@ __all__ = [
     "fold_batchnorm",
     "fold_weights",
     "freeze_batchnorm",
+    "group_wct",
     "keep_conditions",
     "layer_norm",
     "nearest",
@@ -167,4 +170,5 @@ __all__ = [
     "standardize_weights",
     "weight_norm",
     "weight_standardization",
+    "whitening_loss",
 ]
