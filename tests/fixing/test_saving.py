@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -87,12 +88,15 @@ def test_a_folder_is_fixed_again_and_keeps_what_was_done_before(make: Make, tmp_
         assert loaded.notes == (f"changed by {first}, kv-bias-slot",)
 
 
-def test_what_would_load_back_as_another_model_is_not_saved(make: Make, tmp_path: Path) -> None:
+def test_a_bare_model_that_was_fixed_before_loads_back_with_both_fixes(make: Make, tmp_path: Path) -> None:
     model, batch = make("gpt2")
     changed = fix(model, "pre-rmsnorm", [batch], timed=False).model
-    with pytest.raises(InputError, match=r"would not load back as it is.*transformer\.wte"):
-        fix(changed, "kv-bias-slot", [batch], timed=False).save(tmp_path / "out")
-    changed, _ = make("gpt2")
+    second = fix(changed, "kv-bias-slot", [batch], timed=False)
+    assert torch.equal(logits(load(second.save(tmp_path / "out")).model, batch), logits(second.model, batch))
+
+
+def test_what_would_load_back_as_another_model_is_not_saved(make: Make, tmp_path: Path) -> None:
+    changed, batch = make("gpt2")
     changed.transformer.h[1].mlp.act = nn.ReLU()
     with pytest.raises(InputError, match=r"would not load back as it is.*h\.1\.mlp\.act"):
         fix(changed, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
@@ -155,6 +159,21 @@ def test_a_model_of_ones_own_is_restored_into_ones_own_class(make: Make, tmp_pat
         for parameter in fresh.parameters():
             parameter.zero_()
     assert torch.equal(logits(restore(folder, fresh), batch), logits(fixed.model, batch))
+
+
+@pytest.mark.parametrize("kind", ["fixed", "copied", "restored"])
+def test_a_model_of_ones_own_that_was_fixed_before_is_restored_with_both_fixes(
+    kind: str, make: Make, tmp_path: Path
+) -> None:
+    model, batch = make("encoder")
+    first = fix(model, "pre-rmsnorm", [batch], timed=False)
+    restored = restore(first.save(tmp_path / "first"), make("encoder")[0])
+    bare = {"fixed": first.model, "copied": deepcopy(first.model), "restored": restored}[kind]
+    second = fix(bare, "dyt", [batch], timed=False)
+    folder = second.save(tmp_path / "second")
+    again = restore(folder, make("encoder")[0])
+    assert torch.equal(logits(again, batch), logits(second.model, batch))
+    assert [name.split(":")[0] for name in second.loaded.made.fixes] == ["pre-rmsnorm", "dyt"]
 
 
 def test_a_factory_is_run_only_when_it_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

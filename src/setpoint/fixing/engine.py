@@ -19,6 +19,7 @@ from setpoint.fixing.measure import change_between
 from setpoint.fixing.result import Fixed
 from setpoint.fixing.spec import chosen, to_text
 from setpoint.loading import batches_for, load, loss_for
+from setpoint.loading.history import remember
 from setpoint.placing import as_batches
 from setpoint.progress import Progress, unheard, unseen
 from setpoint.running import untouched
@@ -142,12 +143,14 @@ def fix(
         if inplace and trained:
             _restore(inner, reference)
         raise
+    made = _made(loaded, wanted, done.edits)
+    remember(work, made)
     return Fixed(
         model=work,
         change=change,
         fixes=tuple(wanted),
         edits=tuple(done.edits),
-        loaded=replace(loaded, model=work, made=_made(loaded, wanted, done.edits)),
+        loaded=replace(loaded, model=work, made=made),
         notes=tuple(notes),
     )
 

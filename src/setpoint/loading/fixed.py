@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.extras import require
+from setpoint.loading.history import remember, remembered
 from setpoint.loading.quiet import quiet
 from setpoint.loading.tasks import forward_for
 from setpoint.loading.wording import one_line
@@ -48,7 +49,6 @@ def load_fixed(folder: Path, dtype: torch.dtype, trust_code: bool) -> Loaded:
     """
     statement = read_statement(folder)
     base = statement["base"]
-    edits = _edits(statement, folder)
     if base["kind"] == "factory" and not trust_code:
         raise InputError(
             f"{folder} is refused: the model in it is built by your {base['source']}; to run that, add --trust-code "
@@ -67,7 +67,7 @@ def load_fixed(folder: Path, dtype: torch.dtype, trust_code: bool) -> Loaded:
         forward=forward_for(model),
         source=str(folder),
         notes=tuple(notes),
-        made=Made(tuple(statement["fixes"]), edits, base),
+        made=remembered(model),
     )
 
 
@@ -90,8 +90,10 @@ def restore(folder: str | Path, model: nn.Module, *, dtype: torch.dtype | None =
     folder = Path(folder)
     statement = read_statement(folder)
     tensors = _read_weights(folder, statement)
-    commit(model, _edits(statement, folder))
+    edits = _edits(statement, folder)
+    commit(model, edits)
     _put(model, tensors, statement, folder, dtype)
+    remember(model, Made(tuple(statement["fixes"]), edits, statement["base"]))
     return model
 
 

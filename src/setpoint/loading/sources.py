@@ -13,9 +13,11 @@ from setpoint.errors import InputError, nearest
 from setpoint.loading import shelf
 from setpoint.loading.factory import from_factory
 from setpoint.loading.fixed import STATEMENT, load_fixed
+from setpoint.loading.history import remembered
 from setpoint.loading.tasks import forward_for, task_of
 from setpoint.placing import device_named, dtype_named
-from setpoint.types import Loaded
+from setpoint.running import unwrap
+from setpoint.types import Loaded, Made
 
 _FACTORY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -84,7 +86,8 @@ def _open(source: str, hub: bool, trust_code: bool, dtype: torch.dtype | None) -
         return _file(path, stored)
     if _FACTORY.fullmatch(source) and ".py:" not in source:
         built = from_factory(source)
-        loaded = _described(built.model.eval().to(dtype=dtype), source)
+        described = _described(built.model.eval().to(dtype=dtype), source)
+        loaded = replace(described, made=Made())  # whatever fixes the factory makes, it will make again
         forward = built.forward or loaded.forward
         return replace(loaded, batches=built.batches or None, loss=built.loss, forward=forward)
     if _HUB_ID.fullmatch(source) and hub:
@@ -162,7 +165,14 @@ def _file(path: Path, dtype: torch.dtype) -> Loaded:
 def _described(model: nn.Module, source: str) -> Loaded:
     """A model with the task that its class tells, if it is one of transformers' own."""
     task = task_of(model)
-    return Loaded(model=model, processor=None, task=task, forward=forward_for(model), source=source)
+    return Loaded(
+        model=model,
+        processor=None,
+        task=task,
+        forward=forward_for(model),
+        source=source,
+        made=remembered(unwrap(model)),
+    )
 
 
 def _placed(loaded: Loaded, device: str | torch.device | None) -> Loaded:
