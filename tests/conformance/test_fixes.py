@@ -60,6 +60,7 @@ OWN = {
     "alpha-bn": batch_normalized,
     "bn-fold": batch_normalized,
     "evonorm": batch_normalized,
+    "region-norm": batch_normalized,
     "mpbn": lambda: spiking(LIF()),
     "mpbn-fold": lambda: spiking(MPBNLIF(8)),
 }
