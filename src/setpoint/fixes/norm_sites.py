@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from setpoint.fixing.base import Refused
-from setpoint.types import NormSite, Refusal
+from setpoint.surgery.editing import parameter
+from setpoint.types import Edit, NormSite, Refusal
 
 if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
@@ -56,3 +57,20 @@ def sizes_of(model: nn.Module, site: NormSite, fix: str) -> list[int]:
 def channels_last(site: NormSite) -> bool:
     """Whether the gain of a norm runs along the last axes; that of a group norm runs along axis 1."""
     return site.kind != "group" and site.axes[-1] == -1
+
+
+def kept_affine(model: nn.Module, site: NormSite) -> list[Edit]:
+    """The gain and shift of a norm as ``weight`` and ``bias`` of the one that took its place.
+
+    The parameters themselves where they are the gain and shift as they stand (Gemma stores gain - 1).
+    """
+    edits = []
+    for name, value, stored in (
+        ("weight", site.gain, site.gain_parameter),
+        ("bias", site.shift, site.shift_parameter),
+    ):
+        if value is not None:
+            own = parameter(model, stored)
+            same = own.shape == value.shape and bool((own.detach() == value).all())
+            edits.append(Edit(f"{site.name}.{name}", own if same else value, "kept"))
+    return edits

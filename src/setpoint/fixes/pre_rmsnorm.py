@@ -23,10 +23,11 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
+from setpoint.fixes.norm_sites import kept_affine
 from setpoint.fixing.base import Refused
 from setpoint.surgery.centre import centre_writers
 from setpoint.surgery.copying import in_float64
-from setpoint.surgery.editing import commit, parameter
+from setpoint.surgery.editing import commit
 from setpoint.surgery.stream import ZERO, Means, measure_means, not_pre_norm, stream_norms, stream_width
 from setpoint.types import Build, Edit, FixContext, NormSite, Preserves, Ref, Refusal, Stage, Writer
 
@@ -204,13 +205,5 @@ def _rms_norm(model: nn.Module, anatomy: Anatomy, site: NormSite) -> list[Edit]:
         "elementwise_affine": site.gain is not None,
         "bias": site.shift is not None,
     }
-    edits = [Edit(site.name, Build("setpoint.nn:RMSNorm", arguments), "reads a stream without a mean")]
-    for name, value, stored in (
-        ("weight", site.gain, site.gain_parameter),
-        ("bias", site.shift, site.shift_parameter),
-    ):
-        if value is not None:
-            own = parameter(model, stored)
-            same = own.shape == value.shape and bool((own.detach() == value).all())
-            edits.append(Edit(f"{site.name}.{name}", own if same else value, "kept"))
-    return edits
+    norm = Edit(site.name, Build("setpoint.nn:RMSNorm", arguments), "reads a stream without a mean")
+    return [norm, *kept_affine(model, site)]

@@ -6,9 +6,11 @@ a model takes norms as arguments: a class, or ``functools.partial(DyT, alpha_ini
 
 # attention
 from setpoint.nn.attention.kv_bias import KVBias
+from setpoint.nn.attention.qk_norm import QKNorm
 
 # blocks: where norms stand around a sub-layer, as residual units and as placements for a backbone
 from setpoint.nn.block.base import Placement, placement
+from setpoint.nn.block.layer_scale import LayerScale
 from setpoint.nn.block.lns import LayerNormScaling, ScaledPreNorm
 from setpoint.nn.block.peri_ln import OutputLN, OutputNorm, PeriLN, PeriNorm
 from setpoint.nn.block.pre_ln import PostLN, PostNorm, PreLN, PreNorm
@@ -48,7 +50,11 @@ from setpoint.nn.norm.functional import crms_norm, layer_norm, rms_norm
 from setpoint.nn.norm.gdn import GDN, GDN1
 from setpoint.nn.norm.gdn_density import GDNDensity
 from setpoint.nn.norm.gdwct import GDWCT, group_wct, whitening_loss
+from setpoint.nn.norm.grn import GRN
+from setpoint.nn.norm.groupnorm import GroupNorm
+from setpoint.nn.norm.instancenorm import InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from setpoint.nn.norm.layernorm import LayerNorm, LayerNorm2d, LayerNormCHW
+from setpoint.nn.norm.lpnorm import LpNorm, lp_norm, prenormalize
 from setpoint.nn.norm.mean_only_batchnorm import MeanOnlyBatchNorm1d, MeanOnlyBatchNorm2d, MeanOnlyBatchNorm3d
 from setpoint.nn.norm.mpbn import MPBNLIF
 from setpoint.nn.norm.online_norm import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
@@ -78,6 +84,7 @@ __all__ = [
     "GDN",
     "GDN1",
     "GDWCT",
+    "GRN",
     "LIF",
     "LNLSTM",
     "MPBNLIF",
@@ -102,7 +109,11 @@ __all__ = [
     "FrozenBatchNorm",
     "GDNDensity",
     "GhostBatchNorm",
+    "GroupNorm",
     "GroupScaling",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "KVBias",
     "LNGRUCell",
     "LNLSTMCell",
@@ -110,6 +121,8 @@ __all__ = [
     "LayerNorm2d",
     "LayerNormCHW",
     "LayerNormScaling",
+    "LayerScale",
+    "LpNorm",
     "MaskedBatchNorm1d",
     "MeanOnlyBatchNorm1d",
     "MeanOnlyBatchNorm2d",
@@ -131,6 +144,7 @@ __all__ = [
     "PreNorm",
     "ProjectedEmbedding",
     "ProjectedHead",
+    "QKNorm",
     "RMSNorm",
     "RegionNorm",
     "SDDLinear",
@@ -158,8 +172,10 @@ __all__ = [
     "group_wct",
     "keep_conditions",
     "layer_norm",
+    "lp_norm",
     "nearest",
     "placement",
+    "prenormalize",
     "recalibrate",
     "region_norm",
     "remove_weight_norm",
