@@ -2,6 +2,7 @@
 
 from setpoint.models.checkpoints import from_folder, from_transformers
 from setpoint.models.initialize import DepthScaledNormal, LayerIndexNormal, Normal, XavierNormal
+from setpoint.models.inpainting import InpaintingConfig, InpaintingUNet
 from setpoint.models.position import Learned, Llama3Rotary, Position, Rotary, Sinusoidal
 from setpoint.models.resnet import BasicBlock, Bottleneck, CifarStem, ImageNetStem, ResNet, ResNetConfig
 from setpoint.models.stack import MLP, Attention, SwiGLU
@@ -17,6 +18,8 @@ __all__ = [
     "ClassToken",
     "DepthScaledNormal",
     "ImageNetStem",
+    "InpaintingConfig",
+    "InpaintingUNet",
     "LayerIndexNormal",
     "Learned",
     "Llama3Rotary",
