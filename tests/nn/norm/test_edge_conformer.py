@@ -187,6 +187,8 @@ def test_bad_arguments_and_inputs_are_refused() -> None:
             LpNorm(4, **keywords)
     with pytest.raises(InputError, match="out of mad, max, guaranteed, got 'median'"):
         LpNorm(4, prenorm="median")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="lp_norm: expected a pre-normalizer out of mad, max, guaranteed"):
+        lp_norm(torch.randn(2, 4), 4, prenorm="median")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="'scaled' or 'fixed', got 'none'"):
         LpNorm(4, eps_mode="none")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"\(\*, 4\), got \(2, 5\)"):

@@ -9,7 +9,8 @@ nothing, and brings what is raised to a power to about 1 (Xu, Jin et al., 2023, 
   among n entries is n (n/2 if the mean is taken off), and its square overflows float16 beyond n = 255 (511).
 * ``"max"``, the largest ``|u|``: nothing overflows, but entries far below the largest lose bits.
 * ``"guaranteed"``, the first times ``max(1, n (2/M)^(1/p))``, M the largest finite number (half of that if the mean is
-  taken off): by the bound on a spike, nothing overflows, whatever comes in. The bound is this library's derivation.
+  taken off): by the bound on a spike, nothing overflows, whatever comes in, up to n = M entries. The bound is this
+  library's derivation.
 
 Unlike other layers here this one computes in the type of its input: staying in it is the point.
 """
@@ -97,6 +98,8 @@ def lp_norm(
     """
     shape = shape_of(normalized_shape, "lp_norm")
     expect_trailing(x, shape, "lp_norm")
+    if prenorm is not None:
+        _expect_kind(prenorm, "lp_norm")
     u = x.flatten(-len(shape))
     if center:
         if prenorm is not None:  # a difference of two numbers may be twice as large as the largest there is
@@ -105,7 +108,9 @@ def lp_norm(
     y = _plain(u, p, eps) if prenorm is None else _prenormalized(u, p, eps, prenorm, eps_mode, centred=center)
     y = y.reshape(x.shape)
     if weight is not None:
-        y = y * weight if bias is None else torch.addcmul(bias, y, weight)
+        y = y * weight
+    if bias is not None:
+        y = y + bias
     return y.to(x.dtype)
 
 
