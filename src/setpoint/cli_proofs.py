@@ -104,8 +104,19 @@ def prove(
         if store_result:
             keep(proof)
         _show(proof, json=json, html=html)
+        failed += [f"{name}: {words}" for words in _broken(proof)]
+    if failed and all_:
+        raise InputError(f"not all of the proofs could be run: {'; '.join(failed)}")
     if failed:
-        raise InputError(f"{len(failed)} of the proofs could not be run: " + "; ".join(failed))
+        raise InputError("; ".join(failed))
+
+
+def _broken(proof: Proof) -> list[str]:
+    """Arms of which every run broke, by what broke them."""
+    arms: dict[str, dict[str, None]] = {}
+    for arm in (arm for study in proof.studies for arm in study.arms if arm.broke):
+        arms.setdefault(arm.error, {})[arm.name] = None
+    return [f"every run of {', '.join(names)} broke: {error}" for error, names in arms.items()]
 
 
 def results(

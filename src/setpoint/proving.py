@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from setpoint.data.corpora import corpus as read_corpus
 from setpoint.errors import InputError
 from setpoint.report.proof import Proof
 from setpoint.studies.declare import BUDGETS, TUNING_SEED, BudgetName, Study
@@ -62,7 +63,8 @@ def prove(
         budget: ``"smoke"`` (seconds, shows that it runs), ``"laptop"`` (at most 10 minutes on two cores at the tuned
             setting) or ``"full"``.
         seeds: Replicates of each arm; None for what the budget says.
-        data: A corpus of your own for studies that take one; None for each study's own data.
+        data: A corpus of your own for studies that take one, a UTF-8 text file or a folder of them; None for each
+            study's own data.
         jobs: Runs at a time; None for one per core, or for one where runs are timed. One is done in this process.
         executor: ``"local"`` or ``"ray"``.
         tune: Run the tuning stage here even if settings are known from the package.
@@ -176,6 +178,7 @@ def _check(
         return
     if not data.exists():
         raise InputError(f"{data} does not exist; give a file to run on")
+    read_corpus(data)  # what can't be read would break every run of every study
     without = [study.name for study in studies if not study.takes_data]
     if without:
         raise InputError(f"{method} runs on its own data only ({', '.join(without)} takes no other); leave out --data")

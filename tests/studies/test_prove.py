@@ -215,6 +215,35 @@ def test_a_study_on_its_own_data_only_refuses_a_corpus(db: Path, own_study: Path
         prove("batchnorm", data=own_study, store=db)
 
 
+@pytest.mark.parametrize(("content", "words"), [(b"", "is empty"), (b"\xff\xfe\x00\x81", "is not UTF-8")])
+def test_a_corpus_that_can_not_be_read_starts_no_run(
+    own_study: Path, db: Path, tmp_path: Path, logged: Logged, content: bytes, words: str
+) -> None:
+    corpus = tmp_path / "mine.txt"
+    corpus.write_bytes(content)
+    with pytest.raises(InputError, match=words):
+        prove(str(own_study), budget="smoke", data=corpus, store=db)
+    assert logged(own_study) == []
+
+
+def test_the_shell_fails_when_every_run_of_an_arm_broke(
+    make_study: Callable[..., Path], db: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = make_study().read_text().replace('if (HERE / "break").exists() and seed == 1:', 'if arm.name == "method":')
+    study = make_study(source=source)
+    assert run("prove", str(study), "--budget", "smoke", "--jobs", "1", "--store", str(db)) == 2
+    shown = capsys.readouterr()
+    assert "4 broke" in shown.out
+    assert "every run of method broke: RuntimeError: something broke" in shown.err
+
+
+def test_one_error_of_several_arms_is_told_once_with_all_of_them(make_study: Callable[..., Path], db: Path) -> None:
+    source = make_study().read_text().replace('if (HERE / "break").exists() and seed == 1:', "if True:")
+    study = make_study(source=source)
+    (result,) = prove(str(study), budget="smoke", jobs=1, store=db).studies
+    assert "plain, method: RuntimeError: something broke" in result.notes
+
+
 def test_methods_without_a_study_say_why(db: Path) -> None:
     with pytest.raises(InputError, match="has no proof of its own"):
         prove("rank-collapse", store=db)
@@ -372,7 +401,7 @@ def test_all_goes_on_after_one_that_can_not_be_run(
     assert run("prove", "--all", "--budget", "smoke", "--jobs", "1", "--store", str(db)) == 2
     shown = capsys.readouterr()
     assert "Is the better arm better?" in shown.out
-    assert "1 of the proofs could not be run" in shown.err
+    assert "not all of the proofs could be run" in shown.err
     assert "empty.py declares no study" in shown.err
 
 

@@ -302,6 +302,7 @@ class ArmResult:
         cost: Means over its runs: ``seconds``, ``memory`` (bytes), ``parameters``, …
         trials: What tuning tried.
         curves: Its curves over the replicates.
+        error: What the last run that broke said, in a line; "" if none did.
     """
 
     name: str
@@ -313,6 +314,12 @@ class ArmResult:
     cost: Mapping[str, float] = field(default_factory=dict)
     trials: tuple[Trial, ...] = ()
     curves: tuple[Band, ...] = ()
+    error: str = ""
+
+    @property
+    def broke(self) -> bool:
+        """Whether every run broke, so that nothing is known of this arm."""
+        return 0 < self.runs == self.failed
 
 
 @dataclass(frozen=True, slots=True)

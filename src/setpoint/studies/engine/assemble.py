@@ -81,6 +81,7 @@ def _arm(arm: Arm, tuned: Tuned, rows: Sequence[Row]) -> ArmResult:
         cost=_mean_costs(done),
         trials=tuned.trials.get(arm.name, ()),
         curves=_bands(rows),
+        error=next((_last_line(row) for row in reversed(rows) if row.status == "failed"), ""),
     )
 
 
@@ -131,6 +132,14 @@ def _parameters(study: Study, runs: Runs) -> list[str]:
 
 
 def _errors(runs: Runs) -> list[str]:
-    """The last line of each different error, once."""
-    lines = {row.error.splitlines()[-1]: arm for arm, rows in runs.items() for row in rows.values() if row.error}
-    return [f"{arm}: {line}" for line, arm in lines.items()]
+    """Each different error once, with the arms that had it."""
+    arms: dict[str, dict[str, None]] = {}
+    for arm, rows in runs.items():
+        for row in rows.values():
+            if row.error:
+                arms.setdefault(_last_line(row), {})[arm] = None
+    return [f"{', '.join(names)}: {line}" for line, names in arms.items()]
+
+
+def _last_line(row: Row) -> str:
+    return row.error.splitlines()[-1] if row.error else ""
