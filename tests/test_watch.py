@@ -144,6 +144,24 @@ def test_a_run_that_goes_back_rewrites_its_lines(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [0, 2]
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        '{"model_type": "gpt2"}',
+        '{"step": 3, "prompt": "a"}\n',
+        "notes\n",
+        '{"step": 1, "sca\n{"step": 2, "scalars": {}, "findings": []}\n',
+    ],
+)
+def test_a_file_that_holds_something_else_is_left_as_it_is(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_text(content)
+    model = encoder()
+    with pytest.raises(InputError, match=r"mine\.jsonl holds something else than observations \(line 1\)"):
+        loop(model, watch(model, every=1, on=path), inputs(1))
+    assert path.read_text() == content
+
+
 def many() -> list[Tensor]:
     """Batches of 1,280 tokens: enough to call a unit dead."""
     return list(torch.randn(5, 32, 40, 16, generator=torch.Generator().manual_seed(1)))
@@ -409,6 +427,8 @@ def test_user_errors_are_named(tmp_path: Path) -> None:
         watch(model, probes={"rank-colapse"})
     with pytest.raises(InputError, match=r"\.jsonl file or a folder"):
         watch(model, on="run.csv")
+    with pytest.raises(InputError, match=r"\.jsonl file or a folder"):
+        watch(model, on="config.json")
     with pytest.raises(InputError, match="got int"):
         watch(model, on=3)
     with pytest.raises(InputError, match="was not called in step 0"), watch(model, every=1).step():

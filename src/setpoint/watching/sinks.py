@@ -13,16 +13,21 @@ from setpoint.extras import require
 from setpoint.watching.observation import Observation
 
 Sink = Callable[[Observation], None]
+_HEAD = '{"step": '
+"""How each line of `JsonLines` begins."""
 
 
 class JsonLines:
     """One JSON object a line: ``{"step": …, "scalars": {…}, "findings": […]}``.
 
     Lines of the same or later steps, left by a run that went back to a checkpoint or by an earlier run, are removed
-    before the first line is written.
+    before the first line is written, and so is a last line that the kill of a process cut off.
 
     Args:
         path: The file; its folder is made.
+
+    Raises:
+        InputError: On the first observation, if the file holds anything else; it stays as it is.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,16 +49,36 @@ class JsonLines:
     def _forget_from(self, step: int) -> None:
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] < step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue  # the half line of a process that was killed
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        steps = [_step_of(line) for line in lines]
+        if lines and _is_cut_off(lines[-1]):
+            del lines[-1], steps[-1]
+        if None in steps:
+            raise InputError(
+                f"{self.path} holds something else than observations (line {steps.index(None) + 1}) and was left as it "
+                "is; give another file to watch on"
+            )
+        kept = [line + "\n" for line, found in zip(lines, steps, strict=True) if found is not None and found < step]
         staging = self.path.with_name(f".{self.path.name}.writing")
         staging.write_text("".join(kept), encoding="utf-8")
         os.replace(staging, self.path)
+
+
+def _step_of(line: str) -> int | None:
+    """The step of an observation's line, None for any other line."""
+    try:
+        seen = json.loads(line)
+        return int(seen["step"]) if {"scalars", "findings"} <= seen.keys() else None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _is_cut_off(line: str) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return line[: len(_HEAD)] == _HEAD[: len(line)]
+    return False
 
 
 class TensorBoard:
@@ -91,7 +116,7 @@ def sinks_for(on: str | Path | Sink | Iterable[str | Path | Sink] | None) -> tup
     if on is None:
         return ()
     if isinstance(on, str | Path):
-        if Path(on).suffix in {".jsonl", ".ndjson", ".json"}:
+        if Path(on).suffix in {".jsonl", ".ndjson"}:
             return (JsonLines(on),)
         if Path(on).suffix:
             raise InputError(f"expected a .jsonl file or a folder for TensorBoard to watch on, got {on}")
