@@ -72,6 +72,27 @@ def test_every_group_keeps_its_share_of_the_rate(course: ModuleType) -> None:
     assert history.rates == [0.25, 0.5, 0.75, 1.0]
 
 
+@pytest.mark.parametrize("rate", [0.1, torch.tensor(0.1)], ids=["number", "tensor"])
+def test_an_optimizer_has_its_peak_again_afterwards(course: ModuleType, rate: Any) -> None:
+    model = course.net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    rates = [course.run(model, 5, optimizer=optimizer).rates for _ in range(2)]
+    assert rates[0] == rates[1]
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(0.1)
+
+
+def test_an_optimizer_has_its_peak_again_after_an_error(course: ModuleType) -> None:
+    class Break:
+        def on_step(self, run: Run) -> None:
+            raise KeyboardInterrupt
+
+    model = course.net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(KeyboardInterrupt):
+        course.run(model, 5, optimizer=optimizer, callbacks=[Break()])
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
 def test_clipping_bounds_the_norm_of_the_gradient(course: ModuleType) -> None:
     norms: list[tuple[float, float]] = []
 

@@ -57,6 +57,38 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
     assert same(whole, parts)
 
 
+def test_a_run_goes_on_with_the_very_optimizer_that_it_had(course: ModuleType, tmp_path: Path) -> None:
+    def fresh() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        model = course.net()
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01)
+
+    whole, own = fresh()
+    expected = course.run(whole, 12, optimizer=own)
+    parts, own = fresh()
+    plan = Checkpoint(tmp_path, every=4)
+    with pytest.raises(KeyboardInterrupt):
+        course.run(parts, 12, optimizer=own, checkpoint=plan, callbacks=[Interrupt(7)])
+    found = course.run(parts, 12, optimizer=own, checkpoint=plan)
+    assert (found.losses, found.rates) == (expected.losses, expected.rates)
+    assert same(whole, parts)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.02}, {"momentum": 0.9}, {"weight_decay": 0.1}], ids=str)
+def test_an_optimizer_with_other_settings_is_refused(
+    course: ModuleType, tmp_path: Path, change: dict[str, float]
+) -> None:
+    def run(**settings: float) -> None:
+        model = course.net()
+        own = torch.optim.SGD(model.parameters(), **{"lr": 0.01, **settings})
+        course.run(model, 4, optimizer=own, checkpoint=tmp_path)
+
+    run()
+    (name, value), *_ = change.items()
+    with pytest.raises(InputError, match=f"with optimizer SGD.*this one has SGD.*{name}={value}"):
+        run(**change)
+    run()
+
+
 def loader(workers: int = 0) -> DataLoader[Any]:
     data = TensorDataset(torch.arange(60).view(10, 6) % 11, torch.arange(1, 61).view(10, 6) % 11)
     collate = lambda rows: {"tokens": torch.stack([r[0] for r in rows]), "targets": torch.stack([r[1] for r in rows])}  # noqa: E731

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -78,7 +78,8 @@ def train(
         loss: ``loss(output, batch)``, a scalar that is a mean over the batch.
         steps: Updates to make.
         optimizer: A recipe (`AdamW`, `SGD`, or anything with ``build(model)``), or an optimizer over the model's
-            parameters; ``AdamW()`` when None.
+            parameters, whose learning rates are taken as the peaks and are there again afterwards; ``AdamW()`` when
+            None.
         schedule: Learning rate as a share of the peak, ``schedule(step, steps)``; ``Cosine()`` when None.
         forward: ``forward(model, batch)``; by default inputs go to the model and targets to the loss
             (`setpoint.data.run_inputs`).
@@ -142,21 +143,22 @@ def train(
             evaluate_every=evaluate_every,
             callbacks=tuple(callbacks),
         )
-        if checkpoint is not None:
-            plan = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
-            settings = {
-                "steps": steps if not isinstance(schedule, Constant) else "any",
-                "optimizer": recipe if not isinstance(recipe, torch.optim.Optimizer) else type(recipe).__name__,
-                "schedule": schedule,
-                "accumulate": accumulate,
-                "clip": clip,
-                "precision": precision,
-                "seed": seed,
-                "processes": fabric.world_size,
-                "data": _named(data),
-            }
-            loop.attach(Shelf(plan, fabric, settings), resume)
-        loop.run(progress)
+        with loop.peaks_kept():
+            if checkpoint is not None:
+                plan = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
+                settings = {
+                    "steps": steps if not isinstance(schedule, Constant) else "any",
+                    "optimizer": _described(recipe),
+                    "schedule": schedule,
+                    "accumulate": accumulate,
+                    "clip": clip,
+                    "precision": precision,
+                    "seed": seed,
+                    "processes": fabric.world_size,
+                    "data": _named(data),
+                }
+                loop.attach(Shelf(plan, fabric, settings), resume)
+            loop.run(progress)
     return loop.state.history
 
 
@@ -197,6 +199,14 @@ class _Loop:
         self.state = Run(inner, built, self.steps, History(), is_main=fabric.is_global_zero)
 
     # -- the course of a run ------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def peaks_kept(self) -> Iterator[None]:
+        """Put the peak learning rates back at the end: an optimizer that was given is the caller's."""
+        try:
+            yield
+        finally:
+            self._set_rates(1.0)
 
     def attach(self, shelf: Shelf, resume: bool) -> None:
         """Save to a shelf from now on, and go on from its newest checkpoint if that is wanted."""
@@ -241,7 +251,9 @@ class _Loop:
         state, fabric = self.state, self.fabric
         start = perf_counter()
         state.batches = tuple(move(next(stream), fabric.device) for _ in range(self.accumulate))
-        rate = self._set_rate()
+        factor = self.schedule(state.step, self.steps)
+        rate = self.rates[0] * factor
+        self._set_rates(factor)
         self.optimizer.zero_grad(set_to_none=True)
         tell(self.callbacks, "on_step_start", state)
         total: Any = 0.0
@@ -270,14 +282,12 @@ class _Loop:
         history.tokens += sum(map(items_in, state.batches)) * fabric.world_size
         history.seconds += perf_counter() - start
 
-    def _set_rate(self) -> float:
-        factor = self.schedule(self.state.step, self.steps)
+    def _set_rates(self, factor: float) -> None:
         for group, rate in zip(self.state.optimizer.param_groups, self.rates, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(rate * factor)
             else:
                 group["lr"] = rate * factor
-        return self.rates[0] * factor
 
     def _gradient_norm(self) -> float:
         """The norm over all parameters, of what is then clipped if that is wanted."""
@@ -317,6 +327,17 @@ class _Loop:
         if self.shelf and error.report is not None and state.is_main:
             error.report.to_html(self.shelf.folder / f"non-finite-step-{error.step}.html")
         raise error
+
+
+def _described(optimizer: Recipe | torch.optim.Optimizer) -> str:
+    """A recipe, or an optimizer and the settings of its groups."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return str(optimizer)
+    groups = ({k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups)
+    words = (
+        ", ".join(f"{k}={v.tolist() if isinstance(v, Tensor) else v}" for k, v in group.items()) for group in groups
+    )
+    return f"{type(optimizer).__name__}({'; '.join(words)})"
 
 
 def _named(data: Iterable[Any]) -> str:
