@@ -94,7 +94,7 @@ def main(folder: str, steps: str, strategy: str, accumulate: str, kill_at: str =
         checkpoint=Checkpoint(folder, every=5),
         callbacks=[Killer(int(kill_at))] if kill_at else [],
     )
-    found = {"losses": history.losses, "weights": weights(model), "tokens": history.tokens}
+    found = {"losses": history.losses, "weights": weights(model), "tokens": history.items}
     if int(os.environ.get("RANK", "0")) == 0:
         Path(folder, "found.json").write_text(json.dumps(found))
     if torch.distributed.is_initialized():

@@ -42,8 +42,8 @@ def test_training_learns(course: ModuleType) -> None:
     history = course.run(course.net(0.0), 150)
     assert history.losses[-1] < 0.6 * history.losses[0]
     assert history.steps == list(range(1, 151))
-    assert history.tokens == 150 * 4 * 6
-    assert history.tokens_per_second > 0
+    assert history.items == 150 * 4 * 6
+    assert history.items_per_second > 0
 
 
 def test_accumulated_batches_are_one_large_batch(course: ModuleType) -> None:
@@ -212,7 +212,7 @@ def test_images_train_with_labels() -> None:
         progress=False,
     )
     assert history.final["accuracy"] > 0.85
-    assert history.tokens == 60 * 64
+    assert history.items == 60 * 64
 
 
 def test_a_compiled_model_trains_the_model_inside(course: ModuleType) -> None:

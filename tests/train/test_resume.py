@@ -195,6 +195,16 @@ def test_without_resume_a_run_starts_over(course: ModuleType, tmp_path: Path) ->
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-00000002", "step-00000003"]
 
 
+def test_a_checkpoint_with_another_form_of_history_is_named(
+    course: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("setpoint.train.checkpoints.asdict", lambda history: {"losses": history.losses, "tokens": 96})
+        course.run(course.net(), 2, checkpoint=tmp_path)
+    with pytest.raises(InputError, match=r"step-00000002 can't be gone on with.*'tokens'.*resume=False"):
+        course.run(course.net(), 2, checkpoint=tmp_path)
+
+
 def test_a_damaged_checkpoint_is_named(course: ModuleType, tmp_path: Path) -> None:
     course.run(course.net(), 2, checkpoint=Checkpoint(tmp_path, keep=1))
     (path,) = tmp_path.iterdir()

@@ -113,7 +113,8 @@ class Shelf:
         try:
             rest = self._fabric.load(path, dict(objects), weights_only=True)
             run = json.loads(rest["run"])
-        except (RuntimeError, OSError, KeyError, ValueError, EOFError) as error:
+            history = History(**run["history"])
+        except (RuntimeError, OSError, KeyError, ValueError, TypeError, EOFError) as error:
             reason = " ".join(str(error).split())[:200]
             raise InputError(
                 f"{path} can't be gone on with: {reason}. Remove it, give another folder, or use resume=False."
@@ -130,7 +131,7 @@ class Shelf:
         for callback, state in zip(callbacks, rest["callbacks"], strict=False):
             if hasattr(callback, "load_state_dict"):
                 callback.load_state_dict(state)
-        return run["step"], History(**run["history"])
+        return run["step"], history
 
     def clear(self) -> None:
         """Remove the checkpoints of an earlier run."""

@@ -20,7 +20,7 @@ class History:
         rates: Peak learning rate of each step times the schedule.
         evaluations: What each evaluation gave, with its ``step``.
         seconds: Time spent on steps, over all sittings; evaluations, checkpoints and ``on_step`` are not in it.
-        tokens: Tokens trained on (images, for data without tokens), over all processes.
+        items: Tokens trained on, or samples where a batch holds no token ids, over all processes.
     """
 
     steps: list[int] = field(default_factory=list)
@@ -28,12 +28,12 @@ class History:
     rates: list[float] = field(default_factory=list)
     evaluations: list[dict[str, float]] = field(default_factory=list)
     seconds: float = 0.0
-    tokens: int = 0
+    items: int = 0
 
     @property
-    def tokens_per_second(self) -> float:
-        """Tokens (or images) for each second of training; 0 before the first."""
-        return self.tokens / self.seconds if self.seconds else 0.0
+    def items_per_second(self) -> float:
+        """Tokens or samples, as in ``items``, for each second of training; 0 before the first."""
+        return self.items / self.seconds if self.seconds else 0.0
 
     @property
     def final(self) -> dict[str, float]:

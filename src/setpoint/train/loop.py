@@ -99,7 +99,7 @@ def train(
         progress: True for a bar on a terminal, False for nothing, or ``progress(done, total, text)``.
 
     Returns:
-        The history: losses, evaluations, tokens per second.
+        The history: losses, evaluations, tokens or samples per second.
 
     Raises:
         InputError: Settings, data or a checkpoint that can't be used.
@@ -279,7 +279,7 @@ class _Loop:
         history.steps.append(state.step)
         history.losses.append(state.loss)
         history.rates.append(rate)
-        history.tokens += sum(map(items_in, state.batches)) * fabric.world_size
+        history.items += sum(map(items_in, state.batches)) * fabric.world_size
         history.seconds += perf_counter() - start
 
     def _set_rates(self, factor: float) -> None:

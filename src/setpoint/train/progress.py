@@ -57,7 +57,7 @@ def _nothing(_: Run) -> None:
 
 def _text(run: Run) -> str:
     unit = "tokens" if run.batches and holds_tokens(run.batches[0]) else "samples"
-    parts = [f"loss {run.loss:.4f}", f"{run.history.tokens_per_second:,.0f} {unit}/s"]
+    parts = [f"loss {run.loss:.4f}", f"{run.history.items_per_second:,.0f} {unit}/s"]
     for name, value in run.history.final.items():
         if name != "step":
             parts.append(f"held-out {name} {value:.4f}")
