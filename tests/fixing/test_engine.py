@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from setpoint import fix, load
 from setpoint.errors import InputError
 from setpoint.fixing import NotExact
-from setpoint.fixing.measure import time_ratio
+from setpoint.fixing.measure import change_between, time_ratio
 from setpoint.running import run_batch
+from setpoint.surgery import Anatomy
 from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage
 
 Make = Callable[..., tuple[nn.Module, Tensor]]
@@ -147,7 +148,7 @@ def test_a_time_is_a_ratio_near_one_for_the_same_model_or_is_not_given(make: Mak
 
 def test_a_batch_that_does_not_fit_is_a_clear_error(make: Make) -> None:
     model, _ = make("encoder")
-    with pytest.raises(InputError, match="could not be run on the first batch"):
+    with pytest.raises(InputError, match="could not be run on batch 1 of 1"):
         fix(model, "pre-rmsnorm", [torch.randn(2, 5, 7)])
 
 
@@ -209,3 +210,38 @@ def test_casts_to_float32_inside_do_not_hide_behind_rounding(make: Make) -> None
     fixed = fix(model, "kv-bias-slot", [batch], timed=False)
     assert fixed.change.exact is not None
     assert fixed.change.exact[0] < 1e-12
+
+
+@pytest.mark.parametrize("spec", ["pre-rmsnorm", "lns"])
+def test_a_model_whose_outputs_are_not_finite_is_refused(make: Make, spec: str) -> None:
+    model, batch = make("gpt2")
+    with torch.no_grad():
+        next(model.parameters())[0, 0] = torch.nan
+    with pytest.raises(InputError, match="not finite before the fix"):
+        fix(model, spec, [batch], timed=False)
+
+
+def test_outputs_that_are_not_finite_are_never_called_exact(make: Make) -> None:
+    model, batch = make("encoder")
+    broken = Scaled(factor=float("nan"))
+    with pytest.raises(NotExact, match="before it are not finite"):
+        fix(model, [broken, Scaled(factor=1.0, preserves="exact")], [batch], timed=False)
+
+
+def test_a_fix_that_makes_outputs_not_finite_is_undone(make: Make) -> None:
+    model, batch = make("encoder")
+    before = model[2].weight
+    with pytest.raises(InputError, match="after scaled the outputs are not finite"):
+        fix(model, Scaled(factor=float("nan")), [batch], inplace=True, timed=False)
+    assert model[2].weight is before
+
+
+def test_a_measured_change_to_nan_is_nan(make: Make) -> None:
+    model, batch = make("gpt2")
+    broken, _ = make("gpt2")
+    with torch.no_grad():
+        next(broken.parameters())[0, 0] = torch.nan
+    change = change_between(model, broken, [batch, batch], run_batch, anatomy=Anatomy.trace(model, batch), timed=False)
+    assert change.difference != change.difference
+    assert change.divergence is not None
+    assert change.divergence != change.divergence

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from setpoint.placing import as_batches
 from setpoint.progress import Progress, unheard, unseen
 from setpoint.running import untouched
 from setpoint.surgery import Anatomy
-from setpoint.surgery.comparing import double
+from setpoint.surgery.comparing import all_finite, double, outputs
 from setpoint.surgery.copying import at_home, editable, in_float64, share, whole
 from setpoint.surgery.editing import Undo, commit, rollback
 from setpoint.types import STAGES, Edit, FixContext, Loaded, Made, Refusal
@@ -77,7 +78,7 @@ def fix(
 
     Raises:
         InputError: An unknown fix, a model that it does not fit (with the place and the reason), a promise not kept;
-            ``retrain`` with nothing to train for.
+            outputs that are not finite, before or after; ``retrain`` with nothing to train for.
 
     Example:
         >>> import torch
@@ -105,6 +106,7 @@ def fix(
         )
     inner = editable(loaded.model)
     inputs = as_batches(batches if batches is not None else batches_for(loaded, data))
+    _refuse_unmeasurable(inner, inputs, loaded)
 
     copied = whole if trains else share  # what is trained must not drag the original along
     reference = copied(inner) if inplace else inner
@@ -138,6 +140,9 @@ def fix(
                 exact=done.exact,
                 timed=timed,
             )
+        if not math.isfinite(change.difference):
+            names = ", ".join(each.id for each in wanted)
+            raise InputError(f"after {names} the outputs are not finite, or of other shapes; the change was undone")
     except BaseException:
         rollback(undo)
         if inplace and trained:
@@ -191,6 +196,18 @@ def _runs(otherwise: str) -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError, AssertionError, AttributeError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{otherwise}: {reason}") from error
+
+
+def _refuse_unmeasurable(model: nn.Module, inputs: Sequence[Any], loaded: Loaded) -> None:
+    """NaN stays NaN whatever a fix does, so that a change of such outputs can't be told."""
+    for number, batch in enumerate(inputs, start=1):
+        with _runs(f"{loaded.source} could not be run on batch {number} of {len(inputs)}"):
+            given = outputs(model, batch, loaded.forward)
+        if not all_finite(given):
+            raise InputError(
+                f"the outputs of {loaded.source} are not finite before the fix, so nothing can be measured; setpoint "
+                "check names the place where that starts"
+            )
 
 
 def _trace(model: nn.Module, batch: Any, loaded: Loaded) -> Anatomy:

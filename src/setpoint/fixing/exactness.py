@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from setpoint.fixing.base import NotExact
 from setpoint.running import Forward
-from setpoint.surgery.comparing import distance, double, lifted, outputs
+from setpoint.surgery.comparing import all_finite, distance, double, lifted, outputs
 
 FLOAT64 = 1e-9
 """Largest relative difference in float64."""
@@ -46,10 +46,12 @@ def judge(
         ``(float64, native)``: the largest relative differences seen.
 
     Raises:
-        NotExact: They differ by more than their type explains.
+        NotExact: They differ by more than their type explains, or the model's outputs are not finite, so that
+            nothing can be compared.
     """
     with lifted():
         truth, changed = (outputs(model, double(batches[0]), forward) for model in wide)
+    _expect_finite(name, truth)
     gap = distance(changed, truth)
     if not gap <= FLOAT64:
         raise NotExact(
@@ -60,6 +62,7 @@ def judge(
     for index, batch in enumerate(batches):
         for grad in (False, True) if index == 0 else (False,):
             old, new = (outputs(model, batch, forward, grad=grad) for model in native)
+            _expect_finite(name, old)
             if index == 0:  # later batches are held to the rounding seen on the first
                 own = max(own, distance(old, truth), *(torch.finfo(t.dtype).eps for t in old))
             moved = distance(new, old)
@@ -73,3 +76,11 @@ def judge(
                     "explains; the change was undone"
                 )
     return gap, seen
+
+
+def _expect_finite(name: str, given: Sequence[Tensor]) -> None:
+    if not all_finite(given):
+        raise NotExact(
+            f"{name} promises the same outputs, but those before it are not finite, so nothing can be compared; the "
+            "change was undone"
+        )

@@ -44,15 +44,19 @@ def change_between(
         loss: Mean next-token loss in nats, for the perplexity of a language model.
         exact: What the judge of exactness saw.
         timed: Whether to take times.
+
+    Returns:
+        The change. Outputs that are not finite make its figures NaN or infinite.
     """
-    gap = relative = 0.0
+    gaps: list[float] = []
+    relatives: list[float] = []
     divergences: list[float] = []
     losses: list[tuple[float, float]] = []
     for batch in batches:
         old, new = (_run(model, batch, forward) for model in (before, after))
         tensors = [[t for t in tensors_of(output) if t.is_floating_point()] for output in (old, new)]
-        relative = max(relative, distance(tensors[1], tensors[0]))
-        gap = max(gap, _gap(*tensors))
+        relatives.append(distance(tensors[1], tensors[0]))
+        gaps.append(_gap(*tensors))
         logits = [_logits(output) for output in (old, new)] if anatomy.head is not None else [None, None]
         if logits[0] is not None and logits[1] is not None and logits[0].shape == logits[1].shape:
             divergences.append(_divergence(logits[0], logits[1]))
@@ -65,8 +69,8 @@ def change_between(
     return Change(
         parameters=(_count(before), _count(after)),
         bytes=(_bytes(before), _bytes(after)),
-        difference=gap,
-        relative=relative,
+        difference=_worst(gaps),
+        relative=_worst(relatives),
         divergence=statistics.fmean(divergences) if divergences else None,
         perplexity=perplexity,
         time=time_ratio(before, after, batches[0], forward) if timed else None,
@@ -83,9 +87,12 @@ def _gap(old: Sequence[Tensor], new: Sequence[Tensor]) -> float:
     """Largest absolute difference; infinite where shapes differ."""
     if [t.shape for t in old] != [t.shape for t in new]:
         return math.inf
-    return max(
-        (float((x.double() - y.double()).abs().max()) for x, y in zip(new, old, strict=True) if x.numel()), default=0.0
-    )
+    return _worst([float((x.double() - y.double()).abs().max()) for x, y in zip(new, old, strict=True) if x.numel()])
+
+
+def _worst(values: Sequence[float]) -> float:
+    """The largest; NaN if one is NaN, which Python's ``max`` would pass over."""
+    return math.nan if any(map(math.isnan, values)) else max(values, default=0.0)
 
 
 def _logits(output: Any) -> Tensor | None:
@@ -99,7 +106,7 @@ def _logits(output: Any) -> Tensor | None:
 def _divergence(before: Tensor, after: Tensor) -> float:
     """Mean KL divergence from the old to the new distribution over the last axis, in nats."""
     p, q = (functional.log_softmax(x.double(), -1) for x in (before, after))
-    return max(0.0, float(functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()))
+    return float(functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean().clamp(min=0.0))
 
 
 def _exp(value: float) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,11 @@ def outputs(model: nn.Module, batch: Any, forward: Forward, *, grad: bool = Fals
         return [t.detach() for t in tensors_of(forward(model, batch)) if t.is_floating_point()]
 
 
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no entry is NaN or infinite."""
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+
 @contextmanager
 def lifted() -> Iterator[None]:
     """Casts to float32 become casts to float64: models in float64 often go back to float32 inside."""
@@ -52,7 +57,8 @@ def double(batch: Any) -> Any:
 def distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> float:
     """Largest difference between two lists of tensors, each relative to the largest entry of its counterpart in ``b``.
 
-    Infinite if they are not of the same number and shapes; non-finite entries count as equal where both have them.
+    Infinite if they are not of the same number and shapes; non-finite entries count as equal where both have them (and
+    say nothing then: see `all_finite`).
 
     >>> distance([torch.tensor([1.0, 2.5])], [torch.tensor([1.0, 2.0])])
     0.25
