@@ -1,16 +1,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_type_hints
 
 import pytest
 
+from setpoint.catalog import items
 from setpoint.errors import InputError
 from setpoint.fixes.dyt import DynamicTanh
 from setpoint.fixes.lns import Scaling
 from setpoint.fixes.pre_rmsnorm import PreRMSNorm
 from setpoint.fixing import chosen, parse, to_text
 from setpoint.fixing import spec as module
+from setpoint.fixing.spec import fix_class
 
 
 def test_items_are_separated_by_commas_and_fields_by_colons() -> None:
@@ -88,3 +90,19 @@ def test_fixes_are_chosen_from_text_objects_and_lists() -> None:
         chosen(3)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="at least one fix"):
         chosen([])
+
+
+NUMBERS = [
+    (item.id, name)
+    for _, item in items().values()
+    if item.kind == "fix"
+    for name, kind in get_type_hints(fix_class(item.id)).items()
+    if kind in (float, float | None)
+]
+
+
+@pytest.mark.parametrize(("id", "field"), NUMBERS)
+@pytest.mark.parametrize("value", ["inf", "-inf", "nan"])
+def test_no_number_of_a_fix_may_be_infinite_or_nan(id: str, field: str, value: str) -> None:
+    with pytest.raises(InputError, match=f"expected .*{field}"):
+        parse(f"{id}:{field}={value}")

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from setpoint.errors import InputError
+from setpoint.fixes.fields import expect_positive
 from setpoint.fixes.norm_sites import channels_last, refusal_to_replace, replaceable, sizes_of
 from setpoint.fixes.pre_rmsnorm import in_its_place
 from setpoint.fixing.base import Refused
@@ -68,10 +68,7 @@ class DynamicTanh:
     preserves: ClassVar[Preserves] = "retrain"
 
     def __post_init__(self) -> None:
-        for name in ("alpha", "attention_alpha", "other_alpha"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"expected {name} above 0, got {value}")
+        expect_positive(alpha=self.alpha, attention_alpha=self.attention_alpha, other_alpha=self.other_alpha)
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs attention, and a norm over the features that is a module of its own."""

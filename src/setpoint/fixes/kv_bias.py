@@ -13,6 +13,7 @@ Reference: Owen et al., 2025, "A Refined Analysis of Massive Activations in LLMs
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -57,8 +58,8 @@ class KeyValueBias:
     preserves: ClassVar[Preserves] = "retrain"
 
     def __post_init__(self) -> None:
-        if not self.std >= 0:
-            raise InputError(f"expected std from 0 on, got {self.std}")
+        if not 0 <= self.std < inf:
+            raise InputError(f"expected std from 0 on and finite, got {self.std}")
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """Every self-attention must run torch's ``scaled_dot_product_attention``."""

@@ -19,7 +19,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from setpoint.errors import InputError
+from setpoint.fixes.fields import expect_positive
 from setpoint.fixing.base import Refused
 from setpoint.nn import LayerNormScaling
 from setpoint.surgery.anatomy import Anatomy
@@ -58,8 +58,7 @@ class Scaling:
     preserves: ClassVar[Preserves] = "retrain"
 
     def __post_init__(self) -> None:
-        if not self.power > 0:
-            raise InputError(f"expected power above 0, got {self.power}; the paper uses 0.5")
+        expect_positive(power=self.power)
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """Every branch must read the stream through a norm that belongs to one layer."""

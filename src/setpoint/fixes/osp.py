@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import nn
 
 from setpoint.errors import InputError
+from setpoint.fixes.fields import expect_positive
 from setpoint.fixes.norm_sites import refusal_to_replace, replaceable, sizes_of
 from setpoint.fixing.base import Refused
 from setpoint.nn import ProjectedEmbedding, ProjectedHead, SSNorm
@@ -57,8 +58,7 @@ class OutlierSafe:
     preserves: ClassVar[Preserves] = "retrain"
 
     def __post_init__(self) -> None:
-        if not self.eps > 0:
-            raise InputError(f"expected eps above 0, got {self.eps}")
+        expect_positive(eps=self.eps)
         if not (self.norms or self.projections):
             raise InputError("expected norms or projections to be true, got neither; there is nothing to do")
 
@@ -67,9 +67,8 @@ class OutlierSafe:
         if self.norms and (refusal := refusal_to_replace(anatomy, "SSNorm")) is not None:
             return refusal
         if self.projections and not (anatomy.embeddings and anatomy.head is not None):
-            return Refusal(
-                "", "it has no token table with a head, which the projections belong to; see projections=false"
-            )
+            reason = "it has no token table and head for projections; add projections=false for the norms alone"
+            return Refusal("", reason)
         return None
 
     def plan(self, ctx: FixContext) -> list[Edit]:

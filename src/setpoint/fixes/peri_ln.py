@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from setpoint.errors import InputError
+from setpoint.fixes.fields import expect_positive
 from setpoint.surgery.editing import parameter
 from setpoint.surgery.stream import stream_norms, stream_width
 from setpoint.types import Branch, Build, Edit, FixContext, NormSite, Preserves, Ref, Refusal, Stage
@@ -54,10 +54,7 @@ class OutputNorms:
     preserves: ClassVar[Preserves] = "retrain"
 
     def __post_init__(self) -> None:
-        if not self.out_gain > 0:
-            raise InputError(
-                f"expected out_gain above 0, got {self.out_gain}; a branch that starts at 0 is another method"
-            )
+        expect_positive(out_gain=self.out_gain)  # a branch that starts at 0 is another method
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It must be Pre-LN, and every branch's output must be what some module returns."""

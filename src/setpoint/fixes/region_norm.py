@@ -67,6 +67,8 @@ class RegionNorms:
     preserves: ClassVar[Preserves] = "retrain"
 
     def __post_init__(self) -> None:
+        if not 0 <= self.threshold <= 1:
+            raise InputError(f"expected threshold between 0 and 1, where a sigmoid ends, got {self.threshold}")
         if self.masked < 0 or self.kernel_size not in (3, 7) or self.stats not in ("batch", "instance"):
             raise InputError(
                 "expected masked of at least 0, kernel_size 3 or 7 and stats batch or instance, got "

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from setpoint.errors import InputError
+from setpoint.fixes.fields import expect_positive
 from setpoint.fixes.norm_sites import refusal_to_replace, replaceable, sizes_of
 from setpoint.fixing.base import Refused
 from setpoint.nn import ScaleNorm
@@ -51,8 +51,7 @@ class ScaleNorms:
     preserves: ClassVar[Preserves] = "retrain"
 
     def __post_init__(self) -> None:
-        if not self.eps > 0:
-            raise InputError(f"expected eps above 0, got {self.eps}")
+        expect_positive(eps=self.eps)
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs norms over the last axis that are modules of their own."""

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from setpoint.errors import InputError
+from setpoint.fixes.fields import expect_positive
 from setpoint.fixing.base import Refused
 from setpoint.nn import SDDLinear
 from setpoint.types import Block, Branch, Build, Edit, FixContext, Preserves, Projection, Refusal, Stage
@@ -60,10 +60,7 @@ class Decoupling:
     preserves: ClassVar[Preserves] = "retrain"
 
     def __post_init__(self) -> None:
-        if self.residual_alpha is not None and not self.residual_alpha > 0:
-            raise InputError(f"expected residual_alpha above 0, got {self.residual_alpha}")
-        if not self.eps > 0:
-            raise InputError(f"expected eps above 0, got {self.eps}")
+        expect_positive(residual_alpha=self.residual_alpha, eps=self.eps)
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs blocks with attention or feed-forward, and no queries, keys and values in one matrix."""

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
+from math import inf
 
 import torch
 from jaxtyping import Float
@@ -216,8 +217,10 @@ def expect_mixture(source_weight: float, prior: float | None) -> None:
             f"expected source_weight between 0 and 1, got {source_weight!r}; it is the weight of the running averages, "
             "1 for ordinary evaluation"
         )
-    if prior is not None and not prior > 0:
-        raise InputError(f"expected prior above 0, got {prior!r}; 16 counts the running averages like 16 examples")
+    if prior is not None and not 0 < prior < inf:
+        raise InputError(
+            f"expected prior above 0 and finite, got {prior!r}; 16 counts the running averages like 16 examples"
+        )
 
 
 def adaptable(model: nn.Module) -> dict[str, _BatchNorm]:
