@@ -140,7 +140,16 @@ def make_finding(**changes: Any) -> Finding:
         "and costs precision wherever one scale is shared by a whole tensor.",
         "remedies": (
             Remedy("massive-refined", "learn key and value biases", "training", "Sun et al., 2024 · arXiv 2402.17762"),
-            Remedy("outliertune", "scale per channel, folded", "now", "Wang et al., 2024 · arXiv 2406.18832", True),
+            Remedy(
+                "outliertune",
+                "scale per channel, folded",
+                "now",
+                "Wang et al., 2024 · arXiv 2406.18832",
+                available=True,
+                shell="setpoint fix MODEL --with outliertune -o OUT",
+                python='setpoint.fix(model, "outliertune", batches)',
+                proof="outliertune",
+            ),
             Remedy("osp", "train without outliers", "training", "Park et al., 2025 · arXiv 2506.19697"),
         ),
         "numbers": {"token": 0, "channel": 507, "value": -21634.2, "first block": 11, "last block": 27},

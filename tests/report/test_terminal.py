@@ -70,13 +70,35 @@ def test_silence_about_what_was_not_measured_is_not_called_health(report: Report
     assert "Nothing was measured." in text
 
 
-def test_methods_that_are_papers_only_are_marked_and_explained(report: Report) -> None:
+def test_methods_known_from_papers_only_stand_apart(report: Report) -> None:
     text = printed(report, 200)
-    assert "massive-refined*" in text
-    assert "outliertune*" not in text
-    assert "* known from its paper only" in text
+    assert "apply now: outliertune" in text
+    assert "known from papers: massive-refined, osp" in text
+    assert "Known from papers: this version does not carry the method" in text
     carried = tuple(replace(f, remedies=tuple(replace(r, available=True) for r in f.remedies)) for f in report.findings)
-    assert "*" not in printed(replace(report, findings=carried), 200)
+    assert "nown from papers" not in printed(replace(report, findings=carried), 200)
+
+
+def test_the_report_ends_with_what_to_type(report: Report) -> None:
+    text = printed(report, 80)
+    use, proof = "setpoint fix smollm2 --with outliertune -o OUT", "setpoint prove outliertune"
+    assert f"  for variance-growth and massive-activation\n    {use}\n    {proof}\n" in text
+    assert "OUT is the folder to write" in text
+    assert "with osp" not in text
+
+
+def test_a_step_is_told_once_with_all_findings_that_it_treats(report: Report) -> None:
+    twice = (report.findings[0], replace(report.findings[0], code="outlier-channels"))
+    text = printed(replace(report, findings=twice), 80)
+    assert text.count("--with outliertune") == 1
+    assert "for massive-activation and outlier-channels" in text
+
+
+def test_a_model_given_as_a_module_gets_lines_of_python(report: Report) -> None:
+    own = replace(report, model=replace(report.model, source="LlamaForCausalLM"))
+    text = printed(own, 80)
+    assert 'setpoint.fix(model, "outliertune", batches)' in text
+    assert "setpoint fix" not in text
 
 
 @pytest.mark.parametrize(("task", "unit"), [("language-model", "loss 2.5 nats"), ("other", "loss 2.5")])

@@ -103,6 +103,24 @@ def shell_form(item: Item) -> str:
     return ""
 
 
+def python_form(item: Item) -> str:
+    """How an item that treats a finding is used from Python.
+
+    >>> from setpoint.catalog import items
+    >>> print(python_form(items()["pre-rmsnorm"][1]))
+    setpoint.fix(model, "pre-rmsnorm", batches)
+    >>> print(python_form(items()["tvr"][1]))
+    from setpoint.optim.tvr import TargetVarianceRescaler
+    setpoint.train.train(…, callbacks=[TargetVarianceRescaler()])
+    """
+    if item.kind == "fix":
+        training = ", retrain=train" if item.preserves == "retrain" else ""
+        return f'setpoint.fix(model, "{item.id}", batches{training})'
+    if item.kind == "callback":
+        return f"{import_line(item)}\nsetpoint.train.train(…, callbacks=[{item.path.partition(':')[2]}()])"
+    return import_line(item)
+
+
 def import_line(item: Item) -> str:
     """The Python statement that gets an item.
 

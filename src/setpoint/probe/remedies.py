@@ -15,6 +15,7 @@ from importlib import import_module
 from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Literal
 
+from setpoint.catalog.listing import python_form, shell_form
 from setpoint.types import Item, Method, Remedy
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def remedies(
             continue
         carried.add(method.key)
         if method.key not in papers or papers[method.key].accepts(structure):
-            found += [Remedy(item.id, item.does, _when(item), method.reference, available=True) for item in items]
+            found += [_carried(method, item) for item in items]
     found += [
         Remedy(paper.key, paper.does, paper.when, paper.reference)
         for paper in papers.values()
@@ -142,6 +143,19 @@ def _accepts(key: str, anatomy: Anatomy) -> bool:
     module, _, name = known[key][1].path.partition(":")
     fix: Any = getattr(import_module(module), name)()
     return fix.applies(anatomy) is None
+
+
+def _carried(method: Method, item: Item) -> Remedy:
+    return Remedy(
+        item.id,
+        item.does,
+        _when(item),
+        method.reference,
+        available=True,
+        shell=shell_form(item),
+        python=python_form(item),
+        proof="" if method.proof == "none" else method.key,
+    )
 
 
 def _when(item: Item) -> When:

@@ -147,5 +147,4 @@ def environment() -> jinja2.Environment:
         lstrip_blocks=True,
     )
     environment.filters["number"] = number
-    environment.filters["mark"] = wording.mark
     return environment

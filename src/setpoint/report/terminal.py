@@ -15,17 +15,19 @@ from rich.table import Table
 from rich.text import Text
 
 from setpoint.report.wording import (
-    by_time,
     counts,
     facts,
-    mark,
     name_of,
     not_measured,
     nothing_found,
     papers_only,
+    placeholders,
+    remedy_groups,
+    steps,
     where,
 )
-from setpoint.types import Finding, Remedy, Severity
+from setpoint.types import Finding, Severity
+from setpoint.words import listed
 
 if TYPE_CHECKING:
     from rich.console import ConsoleOptions, RenderableType
@@ -51,6 +53,21 @@ def report_lines(report: Report, options: ConsoleOptions) -> Iterator[Renderable
     for line in (not_measured(report), papers_only(report.findings)):
         if line:
             yield Text(line, style="dim")
+    yield from _next(report)
+
+
+def _next(report: Report) -> Iterator[RenderableType]:
+    """What to type about the findings, in lines that can be copied."""
+    found = steps(report)
+    if not found:
+        return
+    yield Text("\nNext", style="bold")
+    for step in found:
+        yield Text(f"  for {listed(step.codes, 4)}", style="dim")
+        for line in filter(None, [*step.use.splitlines(), step.proof]):
+            yield Text(f"    {line}", style="green")
+    if meaning := placeholders(found):
+        yield Text(meaning, style="dim")
 
 
 def findings_table(report: Report, *, wide: bool) -> Table:
@@ -75,12 +92,9 @@ def findings_table(report: Report, *, wide: bool) -> Table:
 
 
 def remedy_lines(finding: Finding) -> Text:
-    """The keys of the remedies: what to apply now, what to do when training."""
-    now, training = by_time(finding)
-    lines = [_keys(label, group) for label, group in (("apply now", now), ("when you train", training)) if group]
+    """The keys of the remedies: what to apply now, what to do when training, what only papers have."""
+    lines = []
+    for label, group in remedy_groups(finding).items():
+        keys = Text(", ").join(Text(r.key, style="green" if r.available else "dim") for r in group)
+        lines.append(Text.assemble((f"{label}: ", "dim"), keys))
     return Text("\n").join(lines)
-
-
-def _keys(label: str, remedies: list[Remedy]) -> Text:
-    keys = Text(", ").join(Text(mark(r), style="green" if r.available else "") for r in remedies)
-    return Text.assemble((f"{label}: ", "dim"), keys)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from setpoint.types import SEVERITIES, Finding, Remedy, Trace
@@ -13,25 +15,22 @@ if TYPE_CHECKING:
     from setpoint.report.report import Report
 
 __all__ = [
-    "PAPER_ONLY",
     "amount",
     "arxiv",
-    "by_time",
     "counts",
     "facts",
-    "mark",
     "name_of",
     "not_measured",
     "nothing_found",
     "number",
     "papers_only",
+    "placeholders",
     "plural",
+    "remedy_groups",
+    "steps",
     "title",
     "where",
 ]
-
-PAPER_ONLY = "*"
-"""Stands behind the key of a method that `setpoint show` can't show."""
 
 _ARXIV = re.compile(r"arXiv[:\s]*(\d{4}\.\d{4,5}|[a-z-]+/\d{7})", re.IGNORECASE)
 
@@ -102,19 +101,56 @@ def not_measured(report: Report) -> str:
 
 
 def papers_only(findings: Sequence[Finding]) -> str:
-    """What the mark behind a remedy means, "" when none has it."""
+    """What it means that a method is known from papers, "" when none is."""
     if all(remedy.available for finding in findings for remedy in finding.remedies):
         return ""
-    return f"{PAPER_ONLY} known from its paper only: this version does not carry the method."
+    return "Known from papers: this version does not carry the method; setpoint show KEY names the paper."
 
 
-def mark(remedy: Remedy) -> str:
-    """A remedy's key, marked where this version of setpoint does not carry the method.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Something to do about findings.
 
-    >>> mark(Remedy("dyt", "", "training", "")), mark(Remedy("dyt", "", "training", "", available=True))
-    ('dyt*', 'dyt')
+    Args:
+        use: The line at a shell, or the lines of Python.
+        codes: The findings that it treats.
+        proof: The line that proves the method, "" for none.
     """
-    return remedy.key + ("" if remedy.available else PAPER_ONLY)
+
+    use: str
+    codes: tuple[str, ...]
+    proof: str
+
+
+def steps(report: Report) -> list[Step]:
+    """What to do next: a step for each carried method that treats a finding, in the order of the findings."""
+    codes: dict[Remedy, dict[str, None]] = {}
+    for finding in report.ranked:
+        for remedy in finding.remedies:
+            if remedy.available and (remedy.shell or remedy.python):
+                codes.setdefault(remedy, {})[finding.code] = None
+    return [
+        Step(_use(remedy, report), tuple(treated), f"setpoint prove {remedy.proof}" if remedy.proof else "")
+        for remedy, treated in codes.items()
+    ]
+
+
+def placeholders(found: Sequence[Step]) -> str:
+    """What stands for what in the lines of steps, "" when nothing does."""
+    lines = " ".join(step.use for step in found)
+    words = {
+        " DATA": "DATA is a text, a folder of images or a name of `setpoint data list`",
+        " OUT": "OUT is the folder to write",
+    }
+    said = [meaning for word, meaning in words.items() if word in lines]
+    return "; ".join(said) + "." if said else ""
+
+
+def _use(remedy: Remedy, report: Report) -> str:
+    """For the shell if that is where the model came from: one that was given as a module has its class as source."""
+    source = report.model.source
+    at_shell = bool(remedy.shell) and source not in ("", report.model.name)
+    return remedy.shell.replace("MODEL", shlex.quote(source)) if at_shell else remedy.python
 
 
 def where(finding: Finding, trace: Trace) -> str:
@@ -131,9 +167,15 @@ def where(finding: Finding, trace: Trace) -> str:
     return f"{finding.sites[0]} and {len(finding.sites) - 1} more"
 
 
-def by_time(finding: Finding) -> tuple[list[Remedy], list[Remedy]]:
-    """Remedies to apply now, and remedies for the next training."""
-    return [r for r in finding.remedies if r.when == "now"], [r for r in finding.remedies if r.when == "training"]
+def remedy_groups(finding: Finding) -> dict[str, list[Remedy]]:
+    """The remedies by what can be done with them, without groups that are empty."""
+    carried = [remedy for remedy in finding.remedies if remedy.available]
+    groups = {
+        "apply now": [remedy for remedy in carried if remedy.when == "now"],
+        "when you train": [remedy for remedy in carried if remedy.when == "training"],
+        "known from papers": [remedy for remedy in finding.remedies if not remedy.available],
+    }
+    return {label: group for label, group in groups.items() if group}
 
 
 def arxiv(reference: str) -> tuple[str, str, str]:

@@ -20,6 +20,9 @@ class Remedy:
         when: ``"now"`` on the model as it is, ``"training"`` when it is (re)trained.
         reference: Authors, year and arXiv number.
         available: Whether this version of setpoint carries the method; if not, only the paper is named.
+        shell: How it is applied at a shell, with ``MODEL`` for the model; "" where it can't be.
+        python: How it is applied in Python.
+        proof: The method whose proof shows what it does, as in ``setpoint prove KEY``; "" for none.
     """
 
     key: str
@@ -27,6 +30,9 @@ class Remedy:
     when: Literal["now", "training"]
     reference: str
     available: bool = False
+    shell: str = ""
+    python: str = ""
+    proof: str = ""
 
 
 @dataclass(frozen=True, slots=True)
