@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from setpoint.proving import StoredProof
     from setpoint.report.proof import Proof
     from setpoint.studies.engine.schedule import Event, Progress
+    from setpoint.types import Judgement
 
 
 class BudgetName(StrEnum):
@@ -103,7 +106,7 @@ def prove(
             continue
         if store_result:
             keep(proof)
-        _show(proof, json=json, html=html)
+        _show(proof, json=json, html=html, store=store)
         failed += [f"{name}: {words}" for words in _broken(proof)]
     if failed and all_:
         raise InputError(f"not all of the proofs could be run: {'; '.join(failed)}")
@@ -138,16 +141,18 @@ def results(
             raise InputError(f"nothing is stored for {key!r}; run `setpoint prove {key}`")
         if found[0].stale:
             print("setpoint: stale: code or versions have changed since; prove it again", file=sys.stderr)
-        _show(found[0].proof, json=json, html=html)
+        _show(found[0].proof, json=json, html=html, store=store)
     elif json:
         sys.stdout.write("[" + ", ".join(entry.proof.to_json(curves=False) for entry in found) + "]\n")
     elif not found:
         console().print("Nothing was proved here yet; run `setpoint prove KEY`.")
     else:
-        _table(found)
+        _list(found)
 
 
-def _show(proof: Proof, *, json: bool, html: Path | None) -> None:
+def _show(proof: Proof, *, json: bool, html: Path | None, store: Path | None) -> None:
+    if store is not None:  # where a proof lies is no part of it, but of the call that finds it again
+        proof = replace(proof, command=f"{proof.command} --store {shlex.quote(str(store))}")
     if html is not None:
         proof.to_html(html)
     if json:
@@ -158,43 +163,33 @@ def _show(proof: Proof, *, json: bool, html: Path | None) -> None:
         console().print(f"page: {html}", soft_wrap=True)
 
 
-def _table(found: list[StoredProof]) -> None:
-    from rich.table import Table
+def _list(found: list[StoredProof]) -> None:
+    """Each proof by its studies: every claim on lines of its own, below it the verdict and the effect."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    screen = console()
+    for entry in found:
+        proof = entry.proof
+        own = f"on {Path(proof.data).name}" if proof.data else ""  # its verdict is then about those data
+        facts = "  ".join(filter(None, [proof.budget, own, proof.date[:10]]))
+        stale = ("  stale" if entry.stale else "", "yellow")
+        screen.print(Text.assemble((proof.method, "bold"), (f"  {facts}", "dim"), stale))
+        for study in proof.studies:
+            screen.print(Padding(Text(study.question, style="italic"), (0, 0, 0, 2)))
+            for judgement in study.judgements:
+                screen.print(Padding(_verdict(judgement), (0, 0, 0, 4)))
+
+
+def _verdict(judgement: Judgement) -> Text:
     from rich.text import Text
 
     from setpoint.report.proof_terminal import STYLES
     from setpoint.report.proof_words import estimate_of, span_of
 
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("method", "budget", "verdict"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("effect and 95 % interval", ratio=2, overflow="fold")
-    table.add_column("claim", ratio=3, overflow="fold")
-    for name in ("date", ""):
-        table.add_column(name, no_wrap=True)
-    for entry in found:
-        proof = entry.proof
-        for i, judgement in enumerate(proof.judgements):
-            claim, effect = judgement.claim, judgement.effect
-            figure = "–" if effect is None else f"{estimate_of(claim, effect)} [{span_of(claim, effect)}]"
-            first = i == 0
-            table.add_row(
-                Text(proof.method, style="bold") if first else "",
-                _size(proof) if first else "",
-                Text(judgement.verdict, style=STYLES[judgement.verdict]),
-                Text(figure),
-                Text(claim.text),
-                proof.date[:10] if first else "",
-                Text("stale" if entry.stale else "", style="yellow") if first else "",
-            )
-    console().print(table)
-
-
-def _size(proof: Proof) -> Text:
-    """The budget, and the user's own data if it ran on some: its verdict is then about those."""
-    from rich.text import Text
-
-    return Text("\n".join(filter(None, [proof.budget, f"on {Path(proof.data).name}" if proof.data else ""])))
+    claim, effect = judgement.claim, judgement.effect
+    figure = "" if effect is None else f"  {estimate_of(claim, effect)} [{span_of(claim, effect)}]"
+    return Text.assemble(claim.text, "\n  ", (judgement.verdict, STYLES[judgement.verdict]), figure)
 
 
 @contextmanager

@@ -140,11 +140,21 @@ def results(method: str | None = None, *, store: str | os.PathLike[str] | None =
     Returns:
         Each stored proof and whether it is stale.
 
+    Raises:
+        InputError: There is no such store, or the file is none.
+
     >>> import tempfile
-    >>> results(store=tempfile.mkdtemp() + "/proofs.db")
-    []
+    >>> where = tempfile.mkdtemp() + "/proofs.db"
+    >>> _ = prove("batchnorm", budget="smoke", jobs=1, store=where)
+    >>> [entry.proof.method for entry in results(store=where)]
+    ['batchnorm']
     """
-    held = Store(Path(store) if store is not None else default_path())
+    path = Path(store) if store is not None else default_path()
+    if not path.exists():
+        if store is None:  # nothing was proved yet
+            return []
+        raise InputError(f"there is no store {path}; `setpoint prove KEY --store {path}` makes one")
+    held = Store(path)
     found = []
     for text in held.proofs(method):
         try:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from rich.console import Console, RenderableType
 
+from setpoint.catalog import methods
 from setpoint.catalog.listing import as_json, import_line, render_list, render_method, shell_form
 from setpoint.report.proof import Proof
 from setpoint.types import Better, Claim, Interval, Item, Judgement, Method, StudyResult
@@ -43,6 +44,13 @@ def test_list_has_one_line_a_method() -> None:
 
 def test_key_is_never_cut_in_a_narrow_terminal() -> None:
     assert "near" in text(render_list([METHOD]), width=30)
+
+
+def test_codes_are_whole_in_a_terminal_of_80_columns() -> None:
+    lines = text(render_list(methods.values()), width=80).splitlines()
+    assert max(map(len, lines)) <= 80
+    words = {word for line in lines for word in line.split()}
+    assert words >= {code for method in methods.values() for code in method.treats} | set(methods)
 
 
 def test_empty_list_says_so() -> None:

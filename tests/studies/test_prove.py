@@ -381,6 +381,34 @@ def test_the_shell_proves_lists_and_writes_pages(
     assert "--all" in capsys.readouterr().err
 
 
+def test_looking_into_a_store_that_is_not_there_makes_none(db: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("results", "--store", str(db)) == 2
+    assert f"there is no store {db}" in capsys.readouterr().err
+    assert not db.exists()
+
+
+def test_the_call_that_a_proof_ends_with_finds_its_store(
+    own_study: Path, db: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = f"--budget smoke --store {db}"
+    assert run("prove", str(own_study), "--budget", "smoke", "--jobs", "1", "--store", str(db)) == 0
+    assert words in "".join(capsys.readouterr().out.split("\n"))
+    assert run("results", "own-study", "--store", str(db)) == 0
+    assert words in "".join(capsys.readouterr().out.split("\n"))
+
+
+def test_results_stand_below_their_questions_within_80_columns(
+    own_study: Path, db: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prove(str(own_study), budget="smoke", jobs=1, store=db)
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run("results", "--store", str(db)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert [line.strip() for line in lines[1:3]] == ["Is the better arm better?", "Its loss is lower."]
+    assert lines[3].strip().startswith("undecided  +")
+
+
 def run(*args: str) -> int:
     with pytest.raises(SystemExit) as stop:
         main(list(args))

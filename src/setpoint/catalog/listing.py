@@ -34,13 +34,14 @@ def render_list(methods: Iterable[Method]) -> RenderableType:
     table = Table(
         "method", "kind", "room", "treats", "paper", box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold"
     )
-    table.columns[0].no_wrap = True
+    for column in (0, 3):  # keys and codes are for typing: they stay whole, whatever else folds
+        table.columns[column].no_wrap = True
     for method in methods:
         table.add_row(
             Text(method.key, style="bold"),
             ", ".join(sorted(method.kinds)),
             method.room,
-            ", ".join(sorted(method.treats)),
+            "\n".join(sorted(method.treats)),
             Text(_short_reference(method), style="dim"),
         )
     if not table.row_count:
