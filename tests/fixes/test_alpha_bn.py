@@ -38,9 +38,9 @@ def test_prior_goes_to_every_layer() -> None:
     assert {m.prior for m in fixed.modules() if isinstance(m, AlphaBatchNorm)} == {16}
 
 
-def test_models_without_batch_norm_are_left_as_they_are() -> None:
-    plain = nn.Sequential(nn.Linear(2, 2))
-    assert "no batch norm" in fix(plain, AlphaBatchNorms(), [torch.zeros(3, 2)], timed=False).notes[0]
+def test_models_without_batch_norm_are_refused() -> None:
+    with pytest.raises(InputError, match="no batch norm"):
+        fix(nn.Sequential(nn.Linear(2, 2)), AlphaBatchNorms(), [torch.zeros(3, 2)], timed=False)
 
 
 def test_weight_outside_0_to_1_is_refused() -> None:

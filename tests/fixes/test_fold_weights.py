@@ -93,9 +93,9 @@ def test_attention_of_torch_is_folded_though_its_output_layer_is_of_a_private_cl
     assert type(fixed[0].layers[0].self_attn.out_proj) is nn.Linear
 
 
-def test_a_model_without_such_weights_is_left_with_a_note() -> None:
-    fixed = fix(nn.Sequential(nn.Linear(3, 2)), "fold-weights", [torch.randn(2, 3)], timed=False)
-    assert "nothing to fold" in fixed.notes[0]
+def test_a_model_without_such_weights_is_refused() -> None:
+    with pytest.raises(InputError, match="nothing to fold"):
+        fix(nn.Sequential(nn.Linear(3, 2)), "fold-weights", [torch.randn(2, 3)], timed=False)
 
 
 class Own(nn.Linear):

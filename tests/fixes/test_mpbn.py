@@ -47,11 +47,18 @@ def test_trained_model_folds_to_plain_neurons_that_fire_alike() -> None:
     torch.testing.assert_close(fixed.model(x), model(x))
 
 
-def test_models_without_such_neurons_are_left_as_they_are() -> None:
+def test_models_without_such_neurons_are_refused() -> None:
     model, x = spiking()
-    assert "no MPBNLIF neurons" in fix(model, PotentialFolding(), [x], timed=False).notes[0]
-    plain = nn.Sequential(nn.Linear(2, 2))
-    assert "no LIF neurons" in fix(plain, PotentialNorms(), [torch.zeros(3, 2)], timed=False).notes[0]
+    with pytest.raises(InputError, match="no MPBNLIF neurons"):
+        fix(model, PotentialFolding(), [x], timed=False)
+    with pytest.raises(InputError, match="no LIF neurons"):
+        fix(nn.Sequential(nn.Linear(2, 2)), PotentialNorms(), [torch.zeros(3, 2)], timed=False)
+
+
+def test_neurons_that_have_the_norm_are_left_as_they_are() -> None:
+    model, x = spiking()
+    once = fix(model, PotentialNorms(), [x], timed=False).model
+    assert not fix(once, PotentialNorms(), [x], timed=False).edits
 
 
 def test_neurons_with_thresholds_of_their_own_are_refused() -> None:

@@ -70,7 +70,8 @@ def test_a_second_time_there_is_nothing_to_do() -> None:
 
 def test_a_model_without_blocks_is_refused_and_bad_numbers_are() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
-    assert not fix(model, "sdd", [torch.randn(2, 3)], timed=False).edits
+    with pytest.raises(InputError, match="no attention and no feed-forward"):
+        fix(model, "sdd", [torch.randn(2, 3)], timed=False)
     with pytest.raises(InputError, match="residual_alpha above 0"):
         Decoupling(residual_alpha=0.0)
     with pytest.raises(InputError, match="eps above 0"):

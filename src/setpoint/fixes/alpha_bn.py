@@ -13,8 +13,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from setpoint.fixes.norm_sites import needs_batch_norms
 from setpoint.fixing.base import Refused
-from setpoint.nn.norm.alpha_bn import adaptable, expect_mixture
+from setpoint.nn.norm.alpha_bn import AlphaBatchNorm, adaptable, expect_mixture
 from setpoint.types import Build, Edit, FixContext, Preserves, Ref, Refusal, Stage
 
 if TYPE_CHECKING:
@@ -55,15 +56,15 @@ class AlphaBatchNorms:
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs batch norms."""
-        if any(site.kind == "batch" for site in anatomy.norms.values()):
-            return None
-        return Refusal("", "it has no batch norm (they may have been folded); there is nothing to adapt", done=True)
+        return needs_batch_norms(anatomy, "adapt")
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """A wrapper around every batch norm that keeps running averages."""
         norms = adaptable(ctx.model)
         if not norms:
-            raise Refused(self.id, Refusal("", "none of its batch norms keeps running averages, or all are adapted"))
+            if ctx.anatomy.has(AlphaBatchNorm):
+                raise Refused(self.id, Refusal("", "its batch norms are adapted already", done=True))
+            raise Refused(self.id, Refusal("", "none of its batch norms keeps running averages"))
         seen: dict[int, str] = {}
         edits = []
         for path, norm in norms.items():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
+from setpoint.fixes.norm_sites import needs
 from setpoint.fixing.base import Refused
 from setpoint.nn import FrozenBatchNorm
 from setpoint.nn.norm.batchnorm_folding import foldable, folded_tensors
@@ -22,6 +23,8 @@ from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage
 
 if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
+
+KINDS = (nn.modules.batchnorm._BatchNorm, FrozenBatchNorm)
 
 
 @dataclass(frozen=True)
@@ -49,17 +52,14 @@ class BatchNormFolding:
     stage: ClassVar[Stage] = "transform"
     preserves: ClassVar[Preserves] = "exact"
 
-    def applies(self, anatomy: Anatomy) -> Refusal | None:  # noqa: ARG002
-        """Any model; whether it has such norms is seen in planning, where its modules are."""
-        return None
+    def applies(self, anatomy: Anatomy) -> Refusal | None:
+        """It needs batch norms."""
+        return needs(anatomy, KINDS, "batch norm", "fold")
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """Weights and biases with the norm in them, and nothing in its place."""
         modules = dict(ctx.model.named_modules())
-        kinds = nn.modules.batchnorm._BatchNorm | FrozenBatchNorm
-        norms = [path for path, module in modules.items() if isinstance(module, kinds)]
-        if not norms:
-            raise Refused(self.id, Refusal("", "it has no batch norms; there is nothing to fold", done=True))
+        norms = [path for path, module in modules.items() if isinstance(module, KINDS)]
         feeds, reasons = foldable(ctx.model, ctx.batches[0], norms, forward=ctx.forward)
         if not feeds:
             raise Refused(self.id, Refusal(*next(iter(reasons.items()))))

@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from setpoint.fixes.fields import expect_positive
-from setpoint.fixes.norm_sites import channels_last, refusal_to_replace, replaceable, sizes_of
+from setpoint.fixes.norm_sites import channels_last, needs_norms, replaceable, sizes_of
 from setpoint.fixes.pre_rmsnorm import in_its_place
 from setpoint.fixing.base import Refused
+from setpoint.nn import DyT
 from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage, Writer
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class DynamicTanh:
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs attention, and a norm over the features that is a module of its own."""
-        refusal = refusal_to_replace(anatomy, "DyT")
+        refusal = needs_norms(anatomy, DyT)
         if refusal is None and not anatomy.attention:
             return Refusal("", "it has no attention, and DyT was made for transformers")
         return refusal

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import Tensor, nn
 
+import setpoint.nn
 from setpoint.errors import InputError
+from setpoint.fixes.norm_sites import needs_batch_norms
 from setpoint.fixing.base import Refused
 from setpoint.nn.norm.functional import wide
 from setpoint.running import untouched
@@ -65,9 +67,7 @@ class EvoNorms:
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs batch norms."""
-        if any(site.kind == "batch" for site in anatomy.norms.values()):
-            return None
-        return Refusal("", "it has no batch norm; there is nothing to replace", done=True)
+        return needs_batch_norms(anatomy, "replace", getattr(setpoint.nn, f"EvoNorm2d{self.version}"))
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """A layer for every norm, and the identity for the activation behind it."""

@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
+from setpoint.fixes.norm_sites import needs
 from setpoint.fixing.base import Refused
 from setpoint.nn.weight.reparametrize import parametrized, plain
 from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage
@@ -42,9 +44,9 @@ class FoldWeights:
     stage: ClassVar[Stage] = "transform"
     preserves: ClassVar[Preserves] = "exact"
 
-    def applies(self, anatomy: Anatomy) -> Refusal | None:  # noqa: ARG002
-        """Any model; whether it has such weights is seen in planning, where its modules are."""
-        return None
+    def applies(self, anatomy: Anatomy) -> Refusal | None:
+        """It needs such weights."""
+        return needs(anatomy, ParametrizationList, "parametrized weight", "fold")
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """For every layer with such a weight one of its plain class, and its tensors."""
@@ -54,10 +56,6 @@ class FoldWeights:
         for module, name in parametrized(ctx.model):
             original = _original(module, name)
             folded.setdefault(module, {})[name] = values.setdefault(original, plain(module, name))
-        if not folded:
-            raise Refused(
-                self.id, Refusal("", "none of its weights is parametrized; there is nothing to fold", done=True)
-            )
         edits: list[Edit] = []
         for module, tensors in folded.items():
             path = paths[module]

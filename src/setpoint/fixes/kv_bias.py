@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.fixing.base import Refused
-from setpoint.nn.attention.kv_bias import STD
+from setpoint.nn.attention.kv_bias import STD, KVBias
 from setpoint.types import AttentionSite, Build, Edit, FixContext, Preserves, Ref, Refusal, Stage
 
 if TYPE_CHECKING:
@@ -66,9 +66,9 @@ class KeyValueBias:
         return _cannot_extend(anatomy)
 
     def plan(self, ctx: FixContext) -> list[Edit]:
-        """A slot for each attention module, with its own draw."""
+        """A slot for each attention module that has none, with its own draw."""
         edits: list[Edit] = []
-        for site in _sites(ctx.anatomy):
+        for site in _without_slot(ctx, self.id):
             if isinstance(ctx.model.get_submodule(site.name), nn.MultiheadAttention):
                 key, value = (_draw(ctx, site, self.std).reshape(1, 1, -1) for _ in range(2))
                 edits += [Edit(f"{site.name}.bias_k", key), Edit(f"{site.name}.bias_v", value)]
@@ -101,9 +101,9 @@ class KeyValueSlot:
         return _cannot_extend(anatomy)
 
     def plan(self, ctx: FixContext) -> list[Edit]:
-        """A closed slot for each attention module."""
+        """A closed slot for each attention module that has none."""
         edits: list[Edit] = []
-        for site in _sites(ctx.anatomy):
+        for site in _without_slot(ctx, self.id):
             if isinstance(ctx.model.get_submodule(site.name), nn.MultiheadAttention):
                 reason = "is torch's MultiheadAttention, whose slot can't be closed; kv-bias opens it"
                 raise Refused(self.id, Refusal(site.name, reason))
@@ -120,6 +120,28 @@ def _sites(anatomy: Anatomy) -> list[AttentionSite]:
         if branch.attention is not None and branch.role != "cross_attention"
     }
     return list(found.values())
+
+
+def _without_slot(ctx: FixContext, fix: str) -> list[AttentionSite]:
+    """The self-attentions that have no slot.
+
+    Raises:
+        Refused: All have one; that is done unless slots are closed and open ones were asked for.
+    """
+    slots: dict[str, list[nn.Module]] = {}
+    sites = _sites(ctx.anatomy)
+    for site in sites:
+        attention, around = (ctx.model.get_submodule(path) for path in (site.name, site.name.rpartition(".")[0]))
+        slots[site.name] = [m for m in (*attention.children(), *around.children()) if isinstance(m, KVBias)]
+        if getattr(attention, "bias_k", None) is not None:
+            slots[site.name].append(attention)
+    left = [site for site in sites if not slots[site.name]]
+    if left:
+        return left
+    closed = next((path for path, own in slots.items() if getattr(own[0], "slot_logit", 0.0) == CLOSED), None)
+    if closed is not None and fix == KeyValueBias.id:
+        raise Refused(fix, Refusal(closed, "has a closed slot already; open it by kv_bias.slot_logit = 0"))
+    raise Refused(fix, Refusal("", "its attentions have such a slot already; there is nothing to add", done=True))
 
 
 def _draw(ctx: FixContext, site: AttentionSite, std: float) -> Tensor:

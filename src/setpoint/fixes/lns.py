@@ -11,7 +11,6 @@ Reference: Sun, Song, Li, Yin, Zheng and Liu, 2025, "The Curse of Depth in Large
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from setpoint.fixes.fields import expect_positive
+from setpoint.fixes.norm_sites import needs, stack_of
 from setpoint.fixing.base import Refused
 from setpoint.nn import LayerNormScaling
 from setpoint.surgery.anatomy import Anatomy
@@ -88,7 +88,7 @@ class Scaling:
         layers: Counter[str] = Counter()
         edits: list[Edit] = []
         for block in anatomy.blocks:
-            stack = re.sub(r"\d+", "#", block.name)  # an encoder and a decoder count their layers apart
+            stack = stack_of(block)
             layers[stack] += 1
             for name in dict.fromkeys(n for branch in block.branches for n in branch.input_norms):
                 around = (name, name.rpartition(".")[0])
@@ -127,17 +127,12 @@ class Folding:
     preserves: ClassVar[Preserves] = "exact"
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
-        """Some norm's output must be multiplied, or have a gain that is not the one it stores."""
-        for site in anatomy.norms.values():
-            if any(use.op == "mul" for use in site.uses) or (site.gain is not None and not site.gain_parameter):
-                return None
-        return _nothing_to_fold()
+        """It needs scaled norms."""
+        return needs(anatomy, LayerNormScaling, "scaled norm", "fold")
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """The norm alone in the place of each scaled norm, with the factor in its parameters or in its readers."""
         scaled = {path: module for path, module in ctx.model.named_modules() if isinstance(module, LayerNormScaling)}
-        if not scaled:
-            raise Refused(self.id, _nothing_to_fold())
         edits = [Edit(path, Ref(f"{path}.norm"), "its factor is in the weights") for path in scaled]
         left: dict[str, float] = {}
         for path, module in scaled.items():
@@ -178,7 +173,3 @@ def _takes_factor(model: nn.Module, module: LayerNormScaling) -> list[str]:
     held = {name: p for name in ("weight", "bias") if isinstance(p := getattr(module.norm, name, None), Tensor)}
     owners = Counter(id(p) for other in model.modules() for p in other._parameters.values() if p is not None)
     return list(held) if all(owners[id(p)] == 1 for p in held.values()) else []
-
-
-def _nothing_to_fold() -> Refusal:
-    return Refusal("", "no norm of it is scaled; there is nothing to fold", done=True)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from setpoint.fixes.norm_sites import needs
 from setpoint.fixing.base import Refused
 from setpoint.nn import LIF, MPBNLIF
 from setpoint.running import untouched
@@ -45,15 +46,15 @@ class PotentialNorms:
     stage: ClassVar[Stage] = "transform"
     preserves: ClassVar[Preserves] = "retrain"
 
-    def applies(self, anatomy: Anatomy) -> Refusal | None:  # noqa: ARG002
-        """Any model; whether it has such neurons is seen in planning, where its modules are."""
-        return None
+    def applies(self, anatomy: Anatomy) -> Refusal | None:
+        """It needs LIF neurons; a model of MPBNLIF neurons is done."""
+        if anatomy.has(MPBNLIF) and not anatomy.has(LIF):
+            return Refusal("", "its LIF neurons are normalized already; there is nothing to do", done=True)
+        return needs(anatomy, LIF, "LIF neurons", "normalize")
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """Neurons with a norm of as many channels as came in."""
         neurons = {path: module for path, module in ctx.model.named_modules() if isinstance(module, LIF)}
-        if not neurons:
-            raise Refused(self.id, Refusal("", "it has no LIF neurons; there is nothing to normalize", done=True))
         channels = _channels(ctx, neurons)
         sample = next((p for p in ctx.model.parameters() if p.is_floating_point()), torch.empty(0))
         edits: list[Edit] = []
@@ -99,15 +100,13 @@ class PotentialFolding:
     stage: ClassVar[Stage] = "transform"
     preserves: ClassVar[Preserves] = "exact"
 
-    def applies(self, anatomy: Anatomy) -> Refusal | None:  # noqa: ARG002
-        """Any model; whether it has such neurons is seen in planning, where its modules are."""
-        return None
+    def applies(self, anatomy: Anatomy) -> Refusal | None:
+        """It needs MPBNLIF neurons."""
+        return needs(anatomy, MPBNLIF, "MPBNLIF neurons", "fold")
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """Plain neurons, with a threshold and a sign for each channel."""
         neurons = {path: module for path, module in ctx.model.named_modules() if isinstance(module, MPBNLIF)}
-        if not neurons:
-            raise Refused(self.id, Refusal("", "it has no MPBNLIF neurons; there is nothing to fold", done=True))
         edits: list[Edit] = []
         for path, neuron in neurons.items():
             folded = deepcopy(neuron).eval().fold()

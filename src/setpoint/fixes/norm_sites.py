@@ -1,14 +1,19 @@
-"""What fixes that put another layer in the place of every norm ask of a model: which norms, and of what size."""
+"""What fixes ask of a model: layers to act on, and norms to replace by another layer, which ones and of what size.
+
+A model with nothing for a fix to act on is refused. It is called done, and left as it is, only where the layer stands
+in it that the fix would put in.
+"""
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from setpoint.fixing.base import Refused
 from setpoint.surgery.editing import parameter
-from setpoint.types import Edit, NormSite, Refusal
+from setpoint.types import Block, Edit, NormSite, Refusal
 
 if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
@@ -19,24 +24,59 @@ def replaceable(site: NormSite) -> bool:
     return site.kind in ("layer", "rms") or (site.kind == "group" and site.groups == 1)
 
 
-def refusal_to_replace(anatomy: Anatomy, layer: str) -> Refusal | None:
+def needs(
+    anatomy: Anatomy, kind: type[nn.Module] | tuple[type[nn.Module], ...], what: str, verb: str
+) -> Refusal | None:
+    """A refusal of a model without modules of a class.
+
+    Args:
+        anatomy: Of the model.
+        kind: The class, or several.
+        what: A word for such modules.
+        verb: What there is nothing to do with then.
+    """
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return None if anatomy.has(*kinds) else Refusal("", f"it has no {what}; there is nothing to {verb}")
+
+
+def needs_batch_norms(anatomy: Anatomy, verb: str, *layers: type[nn.Module]) -> Refusal | None:
+    """A refusal of a model without batch norms.
+
+    Args:
+        anatomy: Of the model.
+        verb: What there is nothing to do with then.
+        layers: What takes their place; a model that has it is done.
+    """
+    if any(site.kind == "batch" for site in anatomy.norms.values()):
+        return None
+    reason = f"it has no batch norm (they may have been folded); there is nothing to {verb}"
+    return Refusal("", reason, done=anatomy.has(*layers))
+
+
+def needs_norms(anatomy: Anatomy, layer: type[nn.Module]) -> Refusal | None:
     """Why the norms of a model can't be replaced: there are none over features, or one is no module of its own.
 
     Args:
         anatomy: Of the model.
-        layer: What would take their place, for the message.
+        layer: What takes their place; a model that has it and no such norm is done.
     """
     norms = [site for site in anatomy.norms.values() if replaceable(site)]
     if not norms:
         if any(site.kind == "batch" for site in anatomy.norms.values()):
-            return Refusal("", f"its norms are batch norms, which {layer} does not replace")
-        return Refusal("", "it has no LayerNorm or RMSNorm; there is nothing to replace", done=True)
+            return Refusal("", f"its norms are batch norms, which {layer.__name__} does not replace")
+        reason = "it has no LayerNorm or RMSNorm; there is nothing to replace"
+        return Refusal("", reason, done=anatomy.has(layer))
     for site in norms:
         if "#" in site.name:
             return Refusal(
                 site.name.partition("#")[0], "computes its norm in its own forward, where it can't be replaced"
             )
     return None
+
+
+def stack_of(block: Block) -> str:
+    """The stack that a block is of: an encoder and a decoder are counted apart."""
+    return re.sub(r"\d+", "#", block.name)
 
 
 def sizes_of(model: nn.Module, site: NormSite, fix: str) -> list[int]:

@@ -19,13 +19,15 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from torch import nn
 
 from setpoint.errors import InputError
+from setpoint.fixes.norm_sites import needs_batch_norms
 from setpoint.fixing.base import Refused
+from setpoint.nn import OnlineNorm1d, OnlineNorm2d, OnlineNorm3d
 from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage
 
 if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
 
-LAYERS = {nn.BatchNorm1d: "OnlineNorm1d", nn.BatchNorm2d: "OnlineNorm2d", nn.BatchNorm3d: "OnlineNorm3d"}
+LAYERS = {nn.BatchNorm1d: OnlineNorm1d, nn.BatchNorm2d: OnlineNorm2d, nn.BatchNorm3d: OnlineNorm3d}
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,7 @@ class OnlineNorms:
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs batch norms."""
-        if any(site.kind == "batch" for site in anatomy.norms.values()):
-            return None
-        return Refusal("", "it has no batch norm; there is nothing to replace", done=True)
+        return needs_batch_norms(anatomy, "replace", *LAYERS.values())
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """An online norm for every batch norm, with its statistics, gain and addend."""
@@ -91,7 +91,7 @@ class OnlineNorms:
                 "affine": norm.affine,
                 "ecm": None if self.ecm == "none" else self.ecm,
             }
-            edits.append(Edit(path, Build(f"setpoint.nn:{layer}", arguments), "samples in place of batches"))
+            edits.append(Edit(path, Build(f"setpoint.nn:{layer.__name__}", arguments), "samples in place of batches"))
             kept = {"weight": norm.weight, "bias": norm.bias, "m": norm.running_mean, "var": norm.running_var}
             edits += [
                 Edit(f"{path}.{name}", tensor.detach().clone(), "the batch norm's")

@@ -18,7 +18,7 @@ from torch import nn
 
 from setpoint.errors import InputError
 from setpoint.fixes.fields import expect_positive
-from setpoint.fixes.norm_sites import refusal_to_replace, replaceable, sizes_of
+from setpoint.fixes.norm_sites import needs, needs_norms, replaceable, sizes_of
 from setpoint.fixing.base import Refused
 from setpoint.nn import ProjectedEmbedding, ProjectedHead, SSNorm
 from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage
@@ -64,7 +64,7 @@ class OutlierSafe:
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs norms over features that are modules of their own, a token table and a head."""
-        if self.norms and (refusal := refusal_to_replace(anatomy, "SSNorm")) is not None:
+        if self.norms and (refusal := needs_norms(anatomy, SSNorm)) is not None:
             return refusal
         if self.projections and not (anatomy.embeddings and anatomy.head is not None):
             reason = "it has no token table and head for projections; add projections=false for the norms alone"
@@ -150,9 +150,9 @@ class ProjectionFolding:
     stage: ClassVar[Stage] = "transform"
     preserves: ClassVar[Preserves] = "exact"
 
-    def applies(self, anatomy: Anatomy) -> Refusal | None:  # noqa: ARG002
-        """Any model; whether it has projections is seen in planning, where its modules are."""
-        return None
+    def applies(self, anatomy: Anatomy) -> Refusal | None:
+        """It needs projections."""
+        return needs(anatomy, (ProjectedEmbedding, ProjectedHead), "embedding projections", "fold")
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """A plain table and a plain head, each with the product of its two weights."""
@@ -166,8 +166,6 @@ class ProjectionFolding:
                 continue
             why = "its projection is in its weight"
             edits += [Edit(path, plain, why), Edit(f"{path}.weight", module.folded_weight(), why), *bias]
-        if not edits:
-            raise Refused(self.id, Refusal("", "it has no embedding projections; there is nothing to fold", done=True))
         return edits
 
 

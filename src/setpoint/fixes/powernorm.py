@@ -19,8 +19,8 @@ from math import gcd
 from typing import TYPE_CHECKING, ClassVar
 
 from setpoint.errors import InputError
-from setpoint.fixes.norm_sites import replaceable, sizes_of
-from setpoint.fixes.token_norms import folded, refusal_to_replace_tokens, replaced
+from setpoint.fixes.norm_sites import needs, replaceable, sizes_of
+from setpoint.fixes.token_norms import folded, needs_token_norms, replaced
 from setpoint.fixing.base import Refused
 from setpoint.nn import PowerNorm
 from setpoint.types import Edit, FixContext, Preserves, Refusal, Stage
@@ -66,9 +66,7 @@ class PowerNorms:
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs norms over the last axis that are modules of their own, and attention that looks both ways."""
-        if "causal" in anatomy.structure:
-            return Refusal("", "it is a decoder, where statistics over tokens would show it those yet to come")
-        return refusal_to_replace_tokens(anatomy, "PowerNorm")
+        return needs_token_norms(anatomy, PowerNorm)
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """A PowerNorm for every norm."""
@@ -79,7 +77,7 @@ class PowerNorms:
         elif any(width % groups for width in widths):
             reason = f"its widths {', '.join(map(str, sorted(widths)))} do not divide into {groups} groups"
             raise Refused(self.id, Refusal("", reason))
-        return replaced(ctx, self.id, "PowerNorm", {"warmup_iters": self.warmup_iters, "group_num": groups})
+        return replaced(ctx, self.id, PowerNorm, {"warmup_iters": self.warmup_iters, "group_num": groups})
 
 
 @dataclass(frozen=True)
@@ -104,9 +102,9 @@ class PowerFolding:
     stage: ClassVar[Stage] = "transform"
     preserves: ClassVar[Preserves] = "exact"
 
-    def applies(self, anatomy: Anatomy) -> Refusal | None:  # noqa: ARG002
-        """Any model; whether it has such norms is seen in planning, where its modules are."""
-        return None
+    def applies(self, anatomy: Anatomy) -> Refusal | None:
+        """It needs PowerNorms."""
+        return needs(anatomy, PowerNorm, "PowerNorm", "fold")
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """Weights and biases that read a norm, and the scaling of groups in its place."""

@@ -25,6 +25,7 @@ from torch import nn
 
 from setpoint.fixes.norm_sites import kept_affine
 from setpoint.fixing.base import Refused
+from setpoint.nn import CRMSNorm
 from setpoint.surgery.centre import centre_writers
 from setpoint.surgery.copying import in_float64
 from setpoint.surgery.editing import commit
@@ -75,10 +76,11 @@ class PreRMSNorm:
 
 
 def nothing_centred(anatomy: Anatomy) -> Refusal | None:
-    """A model none of whose norms removes a mean has nothing to convert: a Llama, or one that was converted."""
+    """A model none of whose norms removes a mean has nothing to convert; done if it is a Llama or was converted."""
     if any(site.kind == "layer" for site in anatomy.norms.values()):
         return None
-    return Refusal("", "it has no LayerNorm; there is nothing to convert", done=True)
+    done = anatomy.has(CRMSNorm) or any(site.kind == "rms" for site in anatomy.norms.values())
+    return Refusal("", "it has no LayerNorm; there is nothing to convert", done=done)
 
 
 def cannot_replace(anatomy: Anatomy, names: Collection[str]) -> Refusal | None:

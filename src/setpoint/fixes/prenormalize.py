@@ -59,7 +59,7 @@ class Prenormalize:
         """It needs norms over features; whether all can be replaced is seen in planning, where modules are."""
         if any(_over_features(site) for site in anatomy.norms.values()):
             return None
-        return Refusal("", "it has no LayerNorm or RMSNorm; there is nothing to replace", done=True)
+        return Refusal("", "it has no LayerNorm or RMSNorm; there is nothing to replace")
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """The same norm with a pre-normalizer, for every norm that has none of this kind."""

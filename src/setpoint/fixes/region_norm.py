@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.fixing.base import Refused
+from setpoint.nn import RNB, RNL
 from setpoint.nn.conditioning import condition
 from setpoint.running import untouched
 from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage
@@ -79,7 +80,8 @@ class RegionNorms:
         """It needs batch or instance norms."""
         if any(site.kind in KINDS for site in anatomy.norms.values()):
             return None
-        return Refusal("", "it has no batch norm and no instance norm; there is nothing to replace", done=True)
+        reason = "it has no batch norm and no instance norm; there is nothing to replace"
+        return Refusal("", reason, done=anatomy.has(RNB, RNL))
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """A layer for every norm, in order of execution."""

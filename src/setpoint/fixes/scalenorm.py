@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from setpoint.fixes.fields import expect_positive
-from setpoint.fixes.norm_sites import refusal_to_replace, replaceable, sizes_of
+from setpoint.fixes.norm_sites import needs_norms, replaceable, sizes_of
 from setpoint.fixing.base import Refused
 from setpoint.nn import ScaleNorm
 from setpoint.types import Build, Edit, FixContext, NormSite, Preserves, Refusal, Stage
@@ -55,7 +55,7 @@ class ScaleNorms:
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
         """It needs norms over the last axis that are modules of their own."""
-        refusal = refusal_to_replace(anatomy, "ScaleNorm")
+        refusal = needs_norms(anatomy, ScaleNorm)
         if refusal is not None:
             return refusal
         for site in anatomy.norms.values():

@@ -14,7 +14,6 @@ Reference: Wang et al., 2025, "Scale-Distribution Decoupling", arXiv 2502.15499.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from setpoint.fixes.fields import expect_positive
+from setpoint.fixes.norm_sites import stack_of
 from setpoint.fixing.base import Refused
 from setpoint.nn import SDDLinear
-from setpoint.types import Block, Branch, Build, Edit, FixContext, Preserves, Projection, Refusal, Stage
+from setpoint.types import Branch, Build, Edit, FixContext, Preserves, Projection, Refusal, Stage
 
 if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
@@ -66,7 +66,7 @@ class Decoupling:
         """It needs blocks with attention or feed-forward, and no queries, keys and values in one matrix."""
         found = [entry for block in anatomy.blocks for branch in block.branches for entry in _projections(branch)]
         if not found:
-            return Refusal("", "no attention and no feed-forward was found in it", done=not anatomy.blocks)
+            return Refusal("", "no attention and no feed-forward was found in it")
         for projection, role in found:
             if role in ("query", "key", "value") and projection.rows is not None:
                 return Refusal(
@@ -80,7 +80,7 @@ class Decoupling:
         anatomy: Anatomy = ctx.anatomy
         branches: Counter[str] = Counter()
         for block in anatomy.blocks:
-            branches[_stack(block)] += len(block.branches)
+            branches[stack_of(block)] += len(block.branches)
         edits: list[Edit] = []
         seen: set[str] = set()
         for block in anatomy.blocks:
@@ -89,7 +89,7 @@ class Decoupling:
                 if path in seen or isinstance(ctx.model.get_submodule(path), SDDLinear):
                     continue
                 seen.add(path)
-                alpha = self.residual_alpha or 1 / sqrt(branches[_stack(block)])
+                alpha = self.residual_alpha or 1 / sqrt(branches[stack_of(block)])
                 edits += self._replaced(ctx.model, path, alpha if role == "writer" else 1.0)
         if not edits:
             raise Refused(self.id, Refusal("", "its linear layers are decoupled already", done=True))
@@ -124,8 +124,3 @@ def _projections(branch: Branch) -> Iterator[tuple[Projection, str]]:
     if feed_forward is not None:
         found = [(feed_forward.gate, "gate"), (feed_forward.up, "up"), (feed_forward.down, "writer")]
         yield from ((projection, role) for projection, role in found if projection is not None)
-
-
-def _stack(block: Block) -> str:
-    """The stack that a block is of: an encoder and a decoder are counted apart."""
-    return re.sub(r"\d+", "#", block.name)

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from setpoint.errors import InputError
-from setpoint.fixes.norm_sites import refusal_to_replace, replaceable, sizes_of
+from setpoint.fixes.norm_sites import needs_norms, replaceable, sizes_of
 from setpoint.fixing.base import Refused
 from setpoint.nn import PowerNorm, UnifiedNorm
 from setpoint.surgery.copying import share
@@ -23,35 +25,38 @@ if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
 
 
-def refusal_to_replace_tokens(anatomy: Anatomy, layer: str) -> Refusal | None:
-    """Why not every norm of a model can be replaced by one of tokens ``(*, channels)``.
+def needs_token_norms(anatomy: Anatomy, layer: type[nn.Module]) -> Refusal | None:
+    """Why not every norm of a model can be replaced by one of tokens ``(*, channels)`` that is trained on batches.
 
     Args:
         anatomy: Of the model.
-        layer: What would take their place, for the message.
+        layer: What takes their place.
     """
-    refusal = refusal_to_replace(anatomy, layer)
+    if "causal" in anatomy.structure:
+        return Refusal("", "it is a decoder, where statistics over tokens would show it those yet to come")
+    refusal = needs_norms(anatomy, layer)
     if refusal is not None:
         return refusal
     for site in anatomy.norms.values():
         if replaceable(site) and site.axes != (-1,):
-            return Refusal(site.name, f"normalizes over other axes than the last, and {layer} takes channels last")
+            reason = f"normalizes over other axes than the last, and {layer.__name__} takes channels last"
+            return Refusal(site.name, reason)
     return None
 
 
-def replaced(ctx: FixContext, fix: str, layer: str, arguments: Mapping[str, Any]) -> list[Edit]:
+def replaced(ctx: FixContext, fix: str, layer: type[nn.Module], arguments: Mapping[str, Any]) -> list[Edit]:
     """A layer of ``setpoint.nn`` for every LayerNorm and RMSNorm.
 
     Args:
         ctx: The fix's context.
         fix: Its id, for messages.
-        layer: Name of the class; it is made from ``num_features`` and ``arguments``.
+        layer: The class; it is made from ``num_features`` and ``arguments``.
         arguments: The same for all norms.
     """
     return [
         Edit(
             site.name,
-            Build(f"setpoint.nn:{layer}", {"num_features": sizes_of(ctx.model, site, fix)[0], **arguments}),
+            Build(f"setpoint.nn:{layer.__name__}", {"num_features": sizes_of(ctx.model, site, fix)[0], **arguments}),
             "statistics of batches in place of a token's own",
         )
         for site in ctx.anatomy.norms.values()
@@ -68,11 +73,9 @@ def folded(ctx: FixContext, fix: str, kind: type[UnifiedNorm] | type[PowerNorm])
         kind: The class. Of a PowerNorm its scaling of groups is left.
 
     Raises:
-        Refused: There is none, or not one of them folds.
+        Refused: Not one of them folds.
     """
     norms = {path: module for path, module in ctx.model.named_modules() if isinstance(module, kind)}
-    if not norms:
-        raise Refused(fix, Refusal("", f"it has no {kind.__name__}; there is nothing to fold", done=True))
     stand_in = share(ctx.model)
     for path, norm in norms.items():
         scale, shift = norm.inference_affine()

@@ -5,7 +5,7 @@ had learned is not kept. `UnifiedFolding` is for inference with a model that was
 map, which goes into the weights that read it, and outputs stay.
 
 In training its statistics are taken over a batch and all its tokens, padding included where the model's code passes no
-mask on, and tokens yet to come included in a language model.
+mask on. In a language model that includes tokens yet to come, so decoders are refused.
 
 Reference: Yang, Zhang, Lan, Yang, Li, Tan, Xiao and Pu, 2022, "Unified Normalization for Accelerating and Stabilizing
 Transformers", arXiv 2208.01313.
@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from setpoint.errors import InputError
-from setpoint.fixes.token_norms import folded, refusal_to_replace_tokens, replaced
+from setpoint.fixes.norm_sites import needs
+from setpoint.fixes.token_norms import folded, needs_token_norms, replaced
 from setpoint.nn import UnifiedNorm
 from setpoint.types import Edit, FixContext, Preserves, Refusal, Stage
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class UnifiedNorms:
-    """Replace every LayerNorm and RMSNorm by UnifiedNorm; the model must be trained afterwards.
+    """Replace every LayerNorm and RMSNorm of an encoder by UnifiedNorm; the model must be trained afterwards.
 
     Args:
         window_size: Batches to smooth over.
@@ -64,8 +65,8 @@ class UnifiedNorms:
             )
 
     def applies(self, anatomy: Anatomy) -> Refusal | None:
-        """It needs norms over the last axis that are modules of their own."""
-        return refusal_to_replace_tokens(anatomy, "UnifiedNorm")
+        """It needs norms over the last axis that are modules of their own, and attention that looks both ways."""
+        return needs_token_norms(anatomy, UnifiedNorm)
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """A UnifiedNorm for every norm."""
@@ -75,7 +76,7 @@ class UnifiedNorms:
             "warmup_iters": self.warmup_iters,
             "outlier_filtration": filtered,
         }
-        return replaced(ctx, self.id, "UnifiedNorm", arguments)
+        return replaced(ctx, self.id, UnifiedNorm, arguments)
 
 
 @dataclass(frozen=True)
@@ -100,9 +101,9 @@ class UnifiedFolding:
     stage: ClassVar[Stage] = "transform"
     preserves: ClassVar[Preserves] = "exact"
 
-    def applies(self, anatomy: Anatomy) -> Refusal | None:  # noqa: ARG002
-        """Any model; whether it has such norms is seen in planning, where its modules are."""
-        return None
+    def applies(self, anatomy: Anatomy) -> Refusal | None:
+        """It needs UnifiedNorms."""
+        return needs(anatomy, UnifiedNorm, "UnifiedNorm", "fold")
 
     def plan(self, ctx: FixContext) -> list[Edit]:
         """Weights and biases that read a norm, and nothing in its place."""

@@ -54,6 +54,7 @@ class Anatomy:
         channel_axes: Where a tensor can be caught -> the axis that holds its channels: -1 for the last, others counted
             from the front.
         products: Name of a weight -> every product with it, to see who reads it.
+        classes: Of all its modules; what an earlier fix put in is known by them, see `has`.
 
     Example:
         >>> import torch
@@ -79,11 +80,16 @@ class Anatomy:
     layers: tuple[Chain, ...] = ()
     channel_axes: Mapping[Tap, int] = field(default_factory=dict)
     products: Mapping[str, tuple[Product, ...]] = field(default_factory=dict)
+    classes: frozenset[type[nn.Module]] = frozenset()
 
     @property
     def feeds(self) -> Mapping[str, frozenset[str]]:
         """Norm name -> names of the weight-carrying modules that read it."""
         return {name: norm.feeds for name, norm in self.norms.items()}
+
+    def has(self, *kinds: type[nn.Module]) -> bool:
+        """Whether the model holds a module of one of these classes."""
+        return any(issubclass(each, kinds) for each in self.classes)
 
     @property
     def structure(self) -> frozenset[str]:
@@ -184,6 +190,7 @@ def _read(model: nn.Module, graph: Graph) -> Anatomy:
         layers,
         find_channel_axes(graph, reads, additions, blocks, chains + layers, (head, taps["logits"])),
         products,
+        frozenset(map(type, model.modules())),
     )
 
 

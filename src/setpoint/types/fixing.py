@@ -26,7 +26,8 @@ class Refusal:
     Args:
         path: The place in the model, "" for the model as a whole.
         reason: In plain words, with what to do where there is something to do.
-        done: The model already is as the fix would make it; not an error, there is only nothing left to do.
+        done: The model already is as the fix would make it; not an error, there is only nothing left to do. A model
+            with nothing for the fix to act on is not done.
     """
 
     path: str
