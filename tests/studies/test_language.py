@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from math import log
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from setpoint import data
 from setpoint.nn import PreNorm, ScaledPreNorm
 from setpoint.studies import Budget, Context, Diverged, lns, peri_ln, pre_ln
 from setpoint.studies import _language as language
+from setpoint.train import History
 
 SMALL = Budget(seeds=2, minutes=0.1, options=language.SMOKE)
 QUIET = Context(split="valid")
@@ -68,6 +71,40 @@ def test_leaving_a_block_out_costs_nothing_where_it_does_nothing() -> None:
     assert lns.without(network, 1, SMALL, QUIET) == whole
     assert lns.without(network, 0, SMALL, QUIET) != whole
     assert lns.held_out(network, SMALL, QUIET) == whole
+
+
+def mean_of_batches(network: Any, sizes: Budget, ctx: Context, batch: int) -> float:
+    """Each batch counts as much as any other."""
+    text = language.corpus(sizes["context"], ctx.data)
+    with torch.no_grad():
+        losses = [
+            float(data.next_token_loss(data.run_inputs(network, given), given))
+            for given in text.batches(ctx.split, batch, limit=sizes["held_out"] // 4)
+        ]
+    return sum(losses) / len(losses)
+
+
+def test_the_loss_without_blocks_is_the_plain_mean_of_full_batches_to_the_bit() -> None:
+    sizes = Budget(seeds=2, minutes=0.1, options={**language.SMOKE, "held_out": 512})
+    assert lns.held_out(model(), sizes, QUIET) == mean_of_batches(model(), sizes, QUIET, 64)
+
+
+def test_a_smaller_last_batch_weighs_less(tmp_path: Path) -> None:
+    source = tmp_path / "short.txt"
+    source.write_text("".join(f"{i * i % 97} " for i in range(8000)))
+    ctx = Context(split="valid", data=source)
+    sizes = Budget(seeds=2, minutes=0.1, options={**language.SMOKE, "held_out": 4 * 65})
+    whole, found = mean_of_batches(model(), sizes, ctx, 65), lns.held_out(model(), sizes, ctx)
+    assert found == pytest.approx(whole, rel=1e-6)
+    assert mean_of_batches(model(), sizes, ctx, 64) != pytest.approx(whole, rel=1e-6)
+
+
+@pytest.mark.parametrize(("steps", "ends"), [(6, (2, 4, 6)), (35, (10, 20, 30)), (400, tuple(range(10, 401, 10)))])
+def test_a_learning_curve_has_points_however_short_the_run(steps: int, ends: tuple[int, ...]) -> None:
+    history = History(steps=list(range(1, steps + 1)), losses=[float(i) for i in range(steps)])
+    curve = language.Learned(torch.nn.Identity(), history, 0.0).curve()
+    assert curve.x == ends
+    assert curve.y[0] == sum(range(ends[0])) / ends[0]
 
 
 def test_a_run_that_learned_no_order_has_failed() -> None:

@@ -101,9 +101,10 @@ class Learned:
     history: History
     loss: float
 
-    def curve(self, every: int = 10) -> Series:
-        """Training loss over step, each point the mean of so many steps."""
+    def curve(self) -> Series:
+        """Training loss over step, each point the mean of ten steps, or of a third of the run if that is shorter."""
         losses = self.history.losses
+        every = max(1, min(10, len(losses) // 3))
         ends = range(every, len(losses) + 1, every)
         means = tuple(sum(losses[end - every : end]) / every for end in ends)
         return Series("training loss (nats per byte) over step", tuple(map(float, ends)), means)

@@ -16,14 +16,13 @@ from dataclasses import dataclass
 from math import sqrt
 from typing import Any
 
-import torch
-
 from setpoint import data
 from setpoint.models import Transformer
 from setpoint.models.initialize import DepthScaledNormal, Normal
 from setpoint.nn import PreNorm, ScaledPreNorm
 from setpoint.studies import Arm, Better, Budget, Claim, Context, Outcome, Tuning, study
 from setpoint.studies import _language as language
+from setpoint.train import Evaluation
 from setpoint.types import Series
 
 PRE_LN = Arm("pre-ln", "no scaling", {"block": PreNorm(), "init": Normal()})
@@ -223,12 +222,10 @@ def one_setting(arm: Arm, _: Mapping[str, Any], seed: int, budget: Budget, ctx: 
     )
 
 
-@torch.no_grad()
 def held_out(model: Transformer, budget: Budget, ctx: Context) -> float:
     """Loss on a quarter of the held-out windows."""
     batches = language.corpus(budget["context"], ctx.data).batches(ctx.split, 64, limit=max(1, budget["held_out"] // 4))
-    losses = [float(data.next_token_loss(data.run_inputs(model, batch), batch)) for batch in batches]
-    return sum(losses) / len(losses)
+    return Evaluation(batches, {"loss": data.next_token_loss})(model)["loss"]
 
 
 def without(model: Transformer, index: int, budget: Budget, ctx: Context) -> float:
