@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -178,6 +179,75 @@ def test_the_page_shows_effects_costs_tuning_and_how_to_run_again() -> None:
     assert {"low", "high", "y"} <= set(band[0])
     ticks = [row["v"] for row in specs["effect-0-0"]["datasets"]["effect-0-0"] if "v" in row]
     assert ticks == pytest.approx([8.0, 810 / 101, 820 / 102])
+
+
+def figures(proof: Proof) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(re.search(r'(?s)id="figures">(.*?)</script>', render(proof)).group(1))  # type: ignore[union-attr]
+    return found
+
+
+def axis(figure: Any, layer: int = 0) -> Any:
+    return figure["layer"][layer]["encoding"]["x"]
+
+
+def test_a_ratio_near_one_is_drawn_in_per_cent_as_the_text_has_it() -> None:
+    claim = replace(RATIO, criterion=NotWorse(0.01))
+    pairs = (Pair(0, 1.0, 0.99), Pair(1, 1.0, 1.0))
+    near = Judgement(claim, "undecided", "", interval(-0.00319, 0.004), pairs)
+    drawn = figures(make_proof(studies=(replace(make_proof().studies[0], judgements=(near,)),)))["effect-0-0"]
+    assert axis(drawn, 2)["title"] == "effect, %"
+    rows = drawn["datasets"]["effect-0-0"]
+    assert rows[0]["mid"] == pytest.approx(-0.319)
+    assert [row["v"] for row in rows if "v" in row] == pytest.approx([-1.0, 0.0])
+    assert axis(figures(make_proof())["effect-0-0"], 2)["title"] == "effect, times as good"
+
+
+def test_a_smoke_run_draws_no_effect_and_prints_none_large() -> None:
+    smoke = make_proof(budget="smoke")
+    assert set(figures(smoke)) == {"curve-0-0", "trials-0"}
+    assert 'class="estimate"' not in render(smoke)
+    assert 'class="estimate"' in render(make_proof())
+
+
+def test_names_of_the_code_become_words() -> None:
+    study = make_proof().studies[0]
+    arms = tuple(replace(arm, cost={"seconds_per_step": 0.1}, setting={"embedding_std": 0.2}) for arm in study.arms)
+    named = make_proof(studies=(replace(study, arms=arms, options={"held_out": 8}),))
+    body = re.sub(r"(?s)<(script|style).*?</\1>", "", render(named))
+    for text in (body, printed(named)):
+        assert "seconds per step" in text
+        assert "embedding std 0.2" in text
+        assert "_" not in text
+    assert "held out 8" in body
+
+
+@pytest.mark.parametrize(
+    ("tried", "log"),
+    [((0.05, 0.1, 0.2), True), ((1e-3, 3e-3, 1e-2), True), ((1.0, 2.0, 3.0), False), ((0.1, 0.2), False)],
+)
+def test_a_grid_that_multiplies_is_drawn_on_a_logarithmic_axis(tried: tuple[float, ...], log: bool) -> None:
+    study = make_proof().studies[0]
+    trials = tuple(Trial({"lr": rate}, 1.0) for rate in tried)
+    arms = tuple(replace(arm, trials=trials) for arm in study.arms)
+    drawn = figures(make_proof(studies=(replace(study, arms=arms),)))["trials-0"]
+    assert (axis(drawn)["scale"].get("type") == "log") is log
+
+
+def test_of_many_arms_only_those_of_the_first_claim_have_bands() -> None:
+    study = make_proof().studies[0]
+    arms = (*study.arms, replace(study.arms[0], name="third"), replace(study.arms[0], name="fourth"))
+    drawn = figures(make_proof(studies=(replace(study, arms=arms),)))["curve-0-0"]
+    assert drawn["layer"][0]["transform"][0]["filter"]["oneOf"] == ["theirs", "ours"]
+    assert {row["s"] for row in drawn["datasets"]["curve-0-0"]} == {"theirs", "ours", "third", "fourth"}
+
+
+def test_a_few_blocks_have_a_tick_each_and_many_steps_have_not() -> None:
+    study = make_proof().studies[0]
+    blocks = Band("variance over block", (0.0, 1.0, 2.0), (1.0, 2.0, 3.0), (1.0, 2.0, 3.0), (1.0, 2.0, 3.0))
+    arms = tuple(replace(arm, curves=(*arm.curves, blocks)) for arm in study.arms)
+    drawn = figures(make_proof(studies=(replace(study, arms=arms),)))
+    assert axis(drawn["curve-0-1"])["axis"]["values"] == [0.0, 1.0, 2.0]
+    assert "values" not in axis(drawn["curve-0-0"])["axis"]
 
 
 def test_a_page_of_a_study_without_results_is_still_a_page() -> None:

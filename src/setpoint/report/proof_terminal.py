@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from setpoint.errors import InputError
-from setpoint.report.proof_words import cost_of, criterion_of, estimate_of, setting_of, span_of
+from setpoint.report.proof_words import cost_of, criterion_of, estimate_of, plain, setting_of, span_of
 from setpoint.report.wording import plural
 from setpoint.types.proving import Judgement, StudyResult, Verdict
 
@@ -38,7 +38,7 @@ def proof_lines(proof: Proof) -> Iterator[RenderableType]:
     for study in proof.studies:
         yield Text()
         yield Text.assemble((study.question, "bold"), ("  " + _replicates(study), "dim"))
-        yield _claims(study)
+        yield _claims(study, strong=proof.budget != "smoke")
         yield _arms(study)
         yield Padding(Text(f"settings: {study.tuning or 'nothing to tune'}", style="dim"), (0, 0, 0, 2))
         for note in study.notes:
@@ -84,32 +84,36 @@ def _replicates(study: StudyResult) -> str:
     return plural(len(study.replicates), study.replicate)
 
 
-def _claims(study: StudyResult) -> Table:
+def _claims(study: StudyResult, *, strong: bool) -> Table:
     table = Table(box=box.HORIZONTALS, pad_edge=False, expand=True, header_style="dim", border_style="dim")
     table.add_column("verdict", no_wrap=True)
     table.add_column("claim", ratio=5, overflow="fold")
     table.add_column("effect and 95 % interval", ratio=4, overflow="fold")
     for judgement in study.judgements:
         claim = Text.assemble(judgement.claim.text, "\n", (criterion_of(judgement.claim), "dim"))
-        table.add_row(Text(judgement.verdict, style=STYLES[judgement.verdict]), claim, effect_text(judgement))
+        table.add_row(
+            Text(judgement.verdict, style=STYLES[judgement.verdict]), claim, _effect_text(judgement, strong=strong)
+        )
     return table
 
 
-def effect_text(judgement: Judgement) -> Text:
-    """The effect, its two intervals and why the verdict is what it is."""
+def _effect_text(judgement: Judgement, *, strong: bool) -> Text:
+    """The effect, its two intervals and why the verdict is what it is; an effect that says nothing is not strong."""
     claim, effect = judgement.claim, judgement.effect
     if effect is None:
         return Text(judgement.reason)
     return Text.assemble(
-        (estimate_of(claim, effect), "bold"),
-        f"  [{span_of(claim, effect)}]\n",
+        (estimate_of(claim, effect), "bold" if strong else "dim"),
+        (f"  [{span_of(claim, effect)}]\n", "" if strong else "dim"),
         (f"bootstrap [{span_of(claim, effect, bootstrap=True)}]; {judgement.reason}", "dim"),
     )
 
 
 def _arms(study: StudyResult) -> Table:
     names = list(dict.fromkeys(name for arm in study.arms for name in arm.cost))
-    table = Table("arm", "setting", *names, box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim")
+    table = Table(
+        "arm", "setting", *map(plain, names), box=None, pad_edge=False, padding=(0, 2, 0, 2), header_style="dim"
+    )
     for arm in study.arms:
         ends = [f"{count} {word}" for count, word in ((arm.diverged, "diverged"), (arm.failed, "broke")) if count]
         label = Text.assemble((arm.name, "bold"), (" " + ", ".join(ends), "yellow") if ends else "")

@@ -32,7 +32,7 @@ def estimate_of(claim: Claim, effect: Interval) -> str:
     >>> estimate_of(claim, Interval(0.2, -0.1, 0.5, 0.0, 0.4, 3))
     '+0.2 nats'
     """
-    return amount_of(claim, effect.estimate, signed=not isinstance(claim.criterion, Shape), factor=_large(effect))
+    return amount_of(claim, effect.estimate, signed=not isinstance(claim.criterion, Shape), factor=as_factor(effect))
 
 
 def zone_of(claim: Claim, bound: float) -> str:
@@ -54,7 +54,7 @@ def span_of(claim: Claim, effect: Interval, *, bootstrap: bool = False) -> str:
     '−0.1 to +0.5 nats'
     """
     low, high = (effect.bootstrap_low, effect.bootstrap_high) if bootstrap else (effect.low, effect.high)
-    signed, factor = not isinstance(claim.criterion, Shape), _large(effect)
+    signed, factor = not isinstance(claim.criterion, Shape), as_factor(effect)
     ends = [amount_of(claim, end, signed=signed, factor=factor) for end in (low, high)]
     unit = (
         f" {claim.unit}" if claim.unit and claim.scale != "ratio" else " ×" if factor and claim.scale == "ratio" else ""
@@ -62,7 +62,7 @@ def span_of(claim: Claim, effect: Interval, *, bootstrap: bool = False) -> str:
     return f"{ends[0].removesuffix(unit)} to {ends[1]}"
 
 
-def _large(effect: Interval) -> bool:
+def as_factor(effect: Interval) -> bool:
     """Whether a ratio is so large anywhere that all of it reads better as a factor."""
     return max(effect.estimate, effect.high) >= 1
 
@@ -75,7 +75,7 @@ def criterion_of(claim: Claim) -> str:
     """
     kind: Criterion = claim.criterion
     against = f" than {claim.baseline}" if claim.baseline else ""
-    metric = f" in {claim.metric.replace('_', ' ')}"
+    metric = f" in {plain(claim.metric)}"
     if isinstance(kind, Better):
         return f"{claim.method} better{against}{metric} by {amount_of(claim, kind.delta)} or more"
     if isinstance(kind, NotWorse):
@@ -86,13 +86,22 @@ def criterion_of(claim: Claim) -> str:
     return f"{claim.metric} of {claim.method} is {kind.form}, parameter {kind.low:g} to {kind.high:g}"
 
 
+def plain(name: str) -> str:
+    """A name of the code's in words.
+
+    >>> plain("seconds_per_step"), plain("held_out")
+    ('seconds per step', 'held out')
+    """
+    return name.replace("_", " ")
+
+
 def setting_of(setting: Mapping[str, Any]) -> str:
     """Tuned values in a line.
 
     >>> setting_of({"lr": 0.5, "embed_std": 0.02}), setting_of({})
-    ('lr 0.5, embed_std 0.02', 'nothing to tune')
+    ('lr 0.5, embed std 0.02', 'nothing to tune')
     """
-    return ", ".join(f"{name} {value}" for name, value in setting.items()) or "nothing to tune"
+    return ", ".join(f"{plain(name)} {value}" for name, value in setting.items()) or "nothing to tune"
 
 
 def cost_of(name: str, value: float) -> str:

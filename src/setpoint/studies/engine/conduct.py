@@ -163,6 +163,8 @@ class Conduct:
         if not all(tuning.could_give(study, arm.name, arms[arm.name].setting) for arm in study.arms):
             return None
         words = f"as tuned for the stored result of {proof.date[:10]}"
+        if self.under.budget != proof.budget:
+            words += f" at {proof.budget} size; at the size of this run no arm is tuned"
         if proof.sources and code_digest(proof.sources) == self.under.code:
             notes: tuple[str, ...] = ()
         else:
