@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from setpoint import fix, load
 from setpoint.errors import InputError
+from setpoint.fixing.saving import refuse_target
 from setpoint.loading import restore
 from setpoint.running import evaluated
+from setpoint.staging import begin
 from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage
 
 Make = Callable[..., tuple[nn.Module, Tensor]]
@@ -258,19 +260,64 @@ def test_a_statement_cannot_name_code_outside_setpoint_and_torch(make: Make, tmp
         load(folder)
 
 
-def test_a_kill_while_writing_leaves_no_half_folder(tmp_path: Path) -> None:
-    script = textwrap.dedent("""
-        import os, signal, sys
-        import torch
-        from torch import nn
-        from setpoint import fix
-        from setpoint.fixing import saving
-        saving._write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
-        stack = nn.TransformerEncoder(layer, 1, norm=nn.LayerNorm(8), enable_nested_tensor=False)
-        model = nn.Sequential(nn.Linear(4, 8), stack, nn.Linear(8, 3))
-        fix(model, "pre-rmsnorm", [torch.randn(2, 5, 4)], timed=False).save(sys.argv[1])
-    """)
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "out")], env=os.environ, check=False)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from torch import nn
+from setpoint import fix
+from setpoint.fixing import saving
+layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+stack = nn.TransformerEncoder(layer, 1, norm=nn.LayerNorm(8), enable_nested_tensor=False)
+model = nn.Sequential(nn.Linear(4, 8), stack, nn.Linear(8, 3))
+fixed = fix(model, "pre-rmsnorm", [torch.randn(2, 5, 4)], timed=False)
+die = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def killed(rest: str, folder: Path) -> None:
+    """Save in a process that kills itself on the way."""
+    done = subprocess.run([sys.executable, "-c", KILLED + textwrap.dedent(rest), str(folder)], check=False)
     assert done.returncode == -signal.SIGKILL
+
+
+def test_a_kill_while_writing_leaves_no_half_folder_and_the_next_save_sweeps(make: Make, tmp_path: Path) -> None:
+    killed("saving._write_json = die; fixed.save(sys.argv[1])", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    assert list(tmp_path.iterdir())
+    model, batch = make("encoder")
+    fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_kill_while_replacing_loses_nothing(tmp_path: Path) -> None:
+    killed(
+        """
+        fixed.save(sys.argv[1])
+        rename = Path.rename
+        Path.rename = lambda path, to: die() if ".writing-" in path.name else rename(path, to)
+        fixed.save(sys.argv[1], force=True)
+        """,
+        tmp_path / "out",
+    )
+    with pytest.raises(InputError, match="out exists"):
+        refuse_target(tmp_path / "out")
+    assert (tmp_path / "out" / "setpoint.json").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_another_process_is_writing_is_left_alone(make: Make, tmp_path: Path) -> None:
+    busy = begin(tmp_path / "busy")
+    model, batch = make("encoder")
+    fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
+    assert busy.is_dir()
+
+
+def test_a_folder_has_the_permissions_of_the_users_umask(make: Make, tmp_path: Path) -> None:
+    model, batch = make("encoder")
+    before = os.umask(0o077)
+    try:
+        folder = fix(model, "pre-rmsnorm", [batch], timed=False).save(tmp_path / "out")
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o700

@@ -53,7 +53,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
     assert found.losses == expected.losses
     assert found.evaluations == expected.evaluations
     assert found.rates == expected.rates
-    assert found.tokens == expected.tokens
+    assert found.items == expected.items
     assert same(whole, parts)
 
 
@@ -149,7 +149,7 @@ def test_a_kill_while_writing_leaves_the_checkpoint_before(
     assert [p.name for p in sorted(tmp_path.glob("step-*"))] == ["step-00000002", "step-00000004"]
     history = course.run(course.net(), 8, schedule=Constant(), checkpoint=Checkpoint(tmp_path, every=2))
     assert history.steps == list(range(1, 9))
-    assert not list(tmp_path.glob(".writing-*"))
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_finished_run_is_not_run_again(course: ModuleType, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_two_processes_train_as_one_with_twice_the_batches(course: ModuleType, t
     expected = course.run(one, 12, clip=0.5, accumulate=2)
     found = found_in(tmp_path)
     assert found["losses"] == pytest.approx(expected.losses, rel=1e-4)
-    assert found["tokens"] == expected.tokens
+    assert found["tokens"] == expected.items
     for name, values in course.weights(one).items():
         assert found["weights"][name] == pytest.approx(values, rel=1e-3, abs=1e-4), name
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +23,7 @@ from setpoint.loading.fixed import (
     to_plain,
 )
 from setpoint.loading.quiet import quiet
+from setpoint.staging import begin, finish, recover, remove
 from setpoint.surgery.editing import ties
 
 if TYPE_CHECKING:
@@ -59,7 +57,7 @@ def save(fixed: Fixed, folder: Path, *, force: bool = False) -> Path:
             "changes in one call, or give `fix` the .loaded of the earlier result"
         )
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        staging = begin(folder)
     except OSError as error:
         raise InputError(f"{folder.parent} can't be written to: {error.strerror or error}") from error
     try:
@@ -67,12 +65,11 @@ def save(fixed: Fixed, folder: Path, *, force: bool = False) -> Path:
         _write_config(statement, staging, stock=stock)
         _write_processor(fixed, statement, staging)
         _write_json(staging / STATEMENT, statement)
-        _sync(staging)
-        _move(staging, folder)
+        finish(staging, folder)
     except OSError as error:
         raise InputError(f"{folder} could not be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
     return folder
 
 
@@ -84,6 +81,7 @@ def refuse_target(folder: Path, *, force: bool = False) -> None:
     """
     if not folder.absolute().parent.is_dir():
         raise InputError(f"{folder} can't be written: the folder {folder.absolute().parent} does not exist")
+    recover(folder.absolute().parent)
     if not folder.exists():
         return
     if not force:
@@ -204,25 +202,3 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     except TypeError as error:
         raise InputError(f"the model's configuration can't be written as JSON: {error}") from error
     path.write_text(text + "\n", encoding="utf-8")
-
-
-def _sync(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-
-
-def _move(staging: Path, folder: Path) -> None:
-    staging.chmod(0o755)
-    if folder.exists():
-        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-        folder.rename(old / folder.name)
-        try:
-            staging.rename(folder)
-        except OSError:
-            (old / folder.name).rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        staging.rename(folder)

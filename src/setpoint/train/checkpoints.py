@@ -1,17 +1,13 @@
 """Checkpoints that are whole or absent, and from which a run goes on as if it had never stopped.
 
 A checkpoint holds the weights and the optimizer, the number of steps, the history, each process's random state, the
-state of callbacks, and the settings of the run. It is written beside its place under a hidden name and renamed when
-it is complete, so that a kill at any point leaves the one before.
+state of callbacks, and the settings of the run. A kill at any point leaves the one before (`setpoint.staging`).
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +16,7 @@ from typing import Any
 import torch.distributed as dist
 
 from setpoint.errors import InputError
+from setpoint.staging import begin, finish, remove
 from setpoint.train.history import History
 from setpoint.train.random import RandomState
 
@@ -77,9 +74,7 @@ class Shelf:
         target = self.folder / f"step-{step:08d}"
         staging = ""
         if main:
-            for left in self.folder.glob(".writing-*"):  # by a process that was killed
-                _remove(left)
-            staging = tempfile.mkdtemp(prefix=".writing-", dir=self.folder)
+            staging = str(begin(target))
         staging = self._fabric.broadcast(staging)
         content = {
             **objects,
@@ -88,17 +83,18 @@ class Shelf:
             "precision": self._fabric.strategy.precision.state_dict(),
             "run": json.dumps({"step": step, "history": asdict(history), "settings": self._settings}),
         }
-        self._fabric.save(Path(staging) / "state", content)
-        self._fabric.barrier()
+        try:
+            self._fabric.save(Path(staging) / "state", content)
+            self._fabric.barrier()
+            if main:
+                finish(Path(staging) / "state", target)
+        finally:
+            if main:
+                remove(Path(staging))
         if main:
-            _settle(Path(staging) / "state")
-            if target.exists():
-                _remove(target)
-            os.rename(Path(staging) / "state", target)
-            _remove(Path(staging))
             whole = sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
             for old in whole[: -self.plan.keep]:
-                _remove(old)
+                remove(old)
         self._fabric.barrier()
 
     def load(self, path: Path, objects: dict[str, Any], callbacks: Sequence[Any]) -> tuple[int, History]:
@@ -138,7 +134,7 @@ class Shelf:
         if self._fabric.is_global_zero:
             for path in self.folder.iterdir():
                 if _NAME.fullmatch(path.name):
-                    _remove(path)
+                    remove(path)
         self._fabric.barrier()
 
 
@@ -148,18 +144,3 @@ def _gather(mine: RandomState) -> list[RandomState]:
     everyone: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone
-
-
-def _settle(path: Path) -> None:
-    """Have the disk hold it before its name says that it is whole."""
-    for file in path.rglob("*") if path.is_dir() else (path,):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
