@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -245,3 +246,19 @@ def test_a_measured_change_to_nan_is_nan(make: Make) -> None:
     assert change.difference != change.difference
     assert change.divergence is not None
     assert change.divergence != change.divergence
+
+
+def test_a_fix_named_twice_is_said_to_have_changed_the_model_once(make: Make) -> None:
+    model, batch = make("gpt2")
+    fixed = fix(model, "lns,lns", [batch], timed=False)
+    assert fixed.notes == (
+        "lns: its norms are scaled already; there is nothing to do",
+        "lns changed what the model computes: train it before use",
+    )
+
+
+def test_what_a_factory_gives_is_not_said_to_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text("from setpoint.testing.tiny import gpt2\nbuild = gpt2\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(InputError, match="mine:build may have been trained: give data"):
+        fix("mine:build", "lns", [torch.ones(1, 4, dtype=torch.long)], timed=False)

@@ -63,8 +63,9 @@ def fix(
         inplace: Change the model itself. Optimizers that were built for it before are stale.
         retrain: ``retrain(model)`` trains the model after fixes that change its function; wherever it trains, the model
             comes back to the device that it was on.
-        untrained_ok: Give the model back although such a fix leaves it untrained. A module of yours needs neither; a
-            trained checkpoint is refused without.
+        untrained_ok: Give the model back although such a fix leaves it untrained. A module that you hand over needs
+            neither; one that is loaded, by a name, from a folder or from a factory, may have been trained and is
+            refused without.
         forward: ``forward(model, batch)``, if calling takes more than the batch.
         loss: ``loss(output, batch)`` in nats per token, for perplexities; left out, the task's own.
         seed: For fixes that draw numbers.
@@ -100,8 +101,8 @@ def fix(
         refuse_needless_training(wanted)
     if trains and retrain is None and not (untrained_ok or own):
         raise InputError(
-            f"{', '.join(trains)} changes what the model computes, and {loaded.source} is trained: give data to train "
-            "it on afterwards (--retrain DATA; in Python retrain=), or take it untrained (--untrained-ok; "
+            f"{', '.join(trains)} changes what the model computes, and {loaded.source} may have been trained: give "
+            "data to train it on afterwards (--retrain DATA; in Python retrain=), or take it untrained (--untrained-ok; "
             "untrained_ok=True)"
         )
     inner = editable(loaded.model)
@@ -116,7 +117,7 @@ def fix(
     try:
         done = _apply(wanted, work, _Run(reference, inputs, loaded, seed, resume, progress), undo)
         notes = done.notes
-        changed = [name for name in trains if name in done.changed]
+        changed = [each.id for each in done.changed if each.preserves == "retrain"]
         if retrain is not None:
             if not changed:
                 raise InputError(f"there is nothing to train for: {'; '.join(notes)}; leave --retrain out")
@@ -253,13 +254,13 @@ class _Done:
     Args:
         notes: For the user.
         edits: Those that were made.
-        changed: Ids of the fixes that found something to change.
+        changed: The fixes that found something to change.
         judged: What the judge of exactness saw for each; None as soon as one fix does not promise it.
     """
 
     notes: list[str] = field(default_factory=list)
     edits: list[Edit] = field(default_factory=list)
-    changed: set[str] = field(default_factory=set)
+    changed: list[Fix] = field(default_factory=list)
     judged: list[tuple[float, float]] | None = field(default_factory=lambda: [(0.0, 0.0)])
 
     @property
@@ -288,7 +289,7 @@ def _apply(wanted: Sequence[Fix], work: nn.Module, run: _Run, undo: Undo) -> _Do
         before = share(work) if each.preserves == "exact" else None
         undo += commit(work, planned)
         done.edits += planned
-        done.changed.add(each.id)
+        done.changed.append(each)
         if before is not None:
             run.progress(index, len(wanted), f"{each.id}: comparing outputs")
             seen = _judged(each, before, work, run)
