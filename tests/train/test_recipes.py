@@ -30,6 +30,11 @@ def decayed(model: nn.Module) -> list[str]:
     return decay_groups(model, 0.1)[0]["names"]
 
 
+def test_key_and_value_biases_of_torchs_attention_are_not_decayed() -> None:
+    names = decayed(nn.MultiheadAttention(8, 2, add_bias_kv=True))
+    assert names == ["in_proj_weight", "out_proj.weight"]
+
+
 def test_norms_biases_and_scalars_are_not_decayed() -> None:
     groups = decay_groups(Parts(), 0.1)
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]

@@ -102,8 +102,8 @@ def fix(
     if trains and retrain is None and not (untrained_ok or own):
         raise InputError(
             f"{', '.join(trains)} changes what the model computes, and {loaded.source} may have been trained: give "
-            "data to train it on afterwards (--retrain DATA; in Python retrain=), or take it untrained (--untrained-ok; "
-            "untrained_ok=True)"
+            "data to train it on afterwards (--retrain DATA; in Python retrain=), or take it untrained "
+            "(--untrained-ok; untrained_ok=True)"
         )
     inner = editable(loaded.model)
     inputs = as_batches(batches if batches is not None else batches_for(loaded, data))

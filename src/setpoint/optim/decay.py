@@ -21,6 +21,8 @@ _NORMS = (
     nn.GroupNorm,
     nn.modules.batchnorm._NormBase,  # batch and instance norms
 )
+_SLOTS = ("bias_k", "bias_v")
+"""Biases of torch's attention that have three axes: a key and a value behind the others."""
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -60,9 +62,11 @@ def is_decayed(module: nn.Module, name: str) -> bool:
         name: Its name there.
 
     Returns:
-        False for marked parameters, for those of norms, and for those with fewer than two axes.
+        False for marked parameters, for those of norms, for biases, and for those with fewer than two axes.
     """
     if name in getattr(module, _MARK, ()) or isinstance(module, _NORMS):
+        return False
+    if isinstance(module, nn.MultiheadAttention) and name in _SLOTS:
         return False
     return bool(getattr(module, name).dim() >= 2)
 
