@@ -30,19 +30,19 @@ def number(value: float | int | None) -> str:
     """A value in a table: four significant digits.
 
     >>> number(0.000123456), number(21634.2), number(576), number(None), number(float("inf"))
-    ('1.235e-04', '21634', '576', '–', 'inf')
+    ('1.235e-04', '21,634', '576', '–', 'inf')
     """
     if value is None:
         return "–"
     if isinstance(value, int):
-        return str(value)
+        return f"{value:,}"
     if not math.isfinite(value):
         return str(value)
     if value == 0:
         return "0"
     if abs(value) >= 1e6 or abs(value) < 1e-3:
         return f"{value:.3e}"
-    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def amount(value: float) -> str:

@@ -591,6 +591,18 @@ def test_a_picture_of_one_cell_is_not_drawn() -> None:
     assert only(OutlierChannels()(trace_of(record))).chart is None
 
 
+def test_a_picture_says_which_channels_and_that_a_place_is_in_no_block() -> None:
+    def record(name: str, block: int | None) -> Record:
+        largest = np.array([2.0] * 8 + [300.0, 400.0])
+        place = site(name, role="norm", block=block)
+        return Record(place, variance=1.0, fourth_moment=500.0, channel_max=largest, channel_rms=np.full(10, 100.0))
+
+    chart = only(OutlierChannels()(trace_of(record("layers.0.norm norm", 0), record("norm norm", None)))).chart
+    assert chart is not None
+    assert chart.title == "Largest magnitude of the 2 channels that reach furthest, norm outputs with outliers only"
+    assert [series.name for series in chart.series] == ["layers.0.norm norm", "norm (in no block) norm"]
+
+
 def test_threshold_and_value_of_dead_units_speak_of_the_same_share() -> None:
     finding = only(DeadUnits()(hidden([0.0] + [0.5] * 9, tokens=100)))
     assert (finding.severity, finding.threshold) == ("info", DeadUnits().share)

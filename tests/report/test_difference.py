@@ -49,7 +49,7 @@ def test_findings_are_new_gone_or_changed(report: Report) -> None:
     assert [f.id for f in change.gone] == [sink.id]
     assert [(c.before.value, c.after.value) for c in change.changed] == [(41873.0, 12.0)]
     text = printed(change)
-    for word in ("new", "gone", "changed", "41873 → 12"):
+    for word in ("new", "gone", "changed", "41,873 → 12"):
         assert word in text
 
 

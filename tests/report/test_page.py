@@ -331,3 +331,13 @@ def test_a_heat_map_names_every_row_in_full_and_writes_numbers_out() -> None:
     assert encoding["y"]["axis"]["labelLimit"] >= 250
     assert "format" not in encoding["color"]["legend"], "SI letters: 100m would stand for 0.1"
     assert encoding["color"]["legend"]["values"] == [0.1, 1.0, 10.0]
+
+
+def test_what_several_findings_share_is_told_once(report: Report) -> None:
+    twice = replace(report, findings=(report.findings[0], replace(report.findings[0], id="massive-activation@other")))
+    body = re.sub(r"(?s)<(script|style).*?</\1>", "", render(twice))
+    assert body.count("A handful of entries in the residual stream") == 1
+    assert body.count("scale per channel, folded") == 1
+    assert 'Explained <a href="#finding-0">above</a>' in body
+    assert 'The same methods as <a href="#finding-0">above</a>' in body
+    assert "Measured 41,873 x median, threshold 1,000 x median." in body

@@ -15,8 +15,8 @@ from typing import ClassVar
 import numpy as np
 
 from setpoint.probe.base import Needs, Probe, heatmap, known
-from setpoint.types import Finding, Record, Severity, SiteRole, Stat, Trace
-from setpoint.words import listed, range_words, rounded
+from setpoint.types import Finding, Record, Severity, Site, SiteRole, Stat, Trace
+from setpoint.words import listed, plural, range_words, rounded
 
 MOST_IN_CHART = 40
 _ROLES: tuple[SiteRole, ...] = ("residual", "norm")
@@ -146,16 +146,24 @@ class OutlierChannels(Probe):
             chart=None
             if len(shown) * len(top) < 4  # the sentence says as much
             else heatmap(
-                f"Largest magnitude per channel, {_WORDS[role]}",
-                "site",
+                f"Largest magnitude of the {plural(min(len(top), MOST_IN_CHART), 'channel')} that reach furthest, "
+                f"{_WORDS[role]} with outliers only",
+                "site (others left out)",
                 {
-                    hit.record.site.name: {c: float(hit.record.channel_max[c]) for c in top[:MOST_IN_CHART]}
+                    _row(hit.record.site): {c: float(hit.record.channel_max[c]) for c in top[:MOST_IN_CHART]}
                     for hit in shown
                     if hit.record.channel_max is not None
                 },
                 sorted(top[:MOST_IN_CHART]),
             ),
         )
+
+
+def _row(site: Site) -> str:
+    """A place by its name; one in no block, such as the norm behind the last, says so."""
+    if site.block is not None:
+        return site.name
+    return f"{site.name.removesuffix(f' {site.role}')} (in no block) {site.role}"
 
 
 def _from_few_tokens(record: Record, channel: int, share: float) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Hashable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +64,8 @@ def render(report: Report) -> str:
         .render(
             report=report,
             findings=findings,
+            told=_earlier([(finding.code, finding.explanation) for finding in report.ranked]),
+            treated=_earlier([finding.remedies for finding in report.ranked]),
             groups=groups,
             specs=script({figure.id: figure.spec for figure in drawn}),
             data=script(json.loads(report.to_json(channels=False))),
@@ -98,6 +101,12 @@ def _chart_of(finding: Finding, index: int) -> Figure | None:
     if chart is None or not any(y is not None for series in chart.series for y in series.y):
         return None
     return draw(chart, f"finding-{index}")
+
+
+def _earlier(values: Sequence[Hashable]) -> list[int | None]:
+    """For each value where the same came first, None for the first itself."""
+    first: dict[Hashable, int] = {}
+    return [None if (at := first.setdefault(value, i)) == i else at for i, value in enumerate(values)]
 
 
 def _columns(report: Report) -> dict[str, str]:
