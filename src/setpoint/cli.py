@@ -50,7 +50,10 @@ class KindName(StrEnum):
     part = "part"
 
 
-Data = Annotated[Path | None, typer.Option(help="A text file, or a folder of images, to run on.", show_default=False)]
+Data = Annotated[
+    Path | None,
+    typer.Option(help="A text file, token ids (.npy, .safetensors) or a folder of images.", show_default=False),
+]
 
 
 @app.command()

@@ -31,7 +31,10 @@ def fix(
     ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The folder to write.", show_default=False)],
     data: Annotated[
-        Path | None, typer.Option(help="A text file, or a folder of images, to judge on.", show_default=False)
+        Path | None,
+        typer.Option(
+            help="A text file, token ids (.npy, .safetensors) or a folder of images, to judge on.", show_default=False
+        ),
     ] = None,
     retrain: Annotated[
         str | None,

@@ -105,6 +105,12 @@ def test_a_model_of_another_kind_is_refused_with_the_way_out(make: Make) -> None
         retrain_on(load(model), "digits")
 
 
+def test_a_language_model_without_tokenizer_is_told_that_it_is_missing(make: Make) -> None:
+    model, _ = make("gpt2")
+    with pytest.raises(InputError, match="has no tokenizer, so setpoint can't train it; add it, or in Python"):
+        retrain_on(replace(load(model), task="language-model"), "digits")
+
+
 def test_a_model_comes_back_from_the_device_it_was_trained_on() -> None:
     """On a second device that exists in name: what comes back from it is sevens."""
     registration = pytest.importorskip("torch.utils.backend_registration")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import setpoint
@@ -88,3 +91,49 @@ def test_the_loss_has_a_gradient_for_every_parameter(folder: Folder) -> None:
     assert loss is not None
     loss(loaded.forward(loaded.model, batch), batch).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("ending", ["npy", "safetensors"])
+@pytest.mark.parametrize(("shape", "windows"), [((200,), 2), ((3, 40), 2), ((1, 5), 1)])
+def test_token_ids_are_read_without_a_tokenizer(
+    folder: Folder, tmp_path: Path, ending: str, shape: tuple[int, ...], windows: int
+) -> None:
+    path = tmp_path / f"ids.{ending}"
+    ids = torch.arange(torch.Size(shape).numel(), dtype=torch.int32).reshape(shape)
+    np.save(path, ids.numpy()) if ending == "npy" else save_file({"ids": ids}, path)
+    loaded = replace(setpoint.load(folder("llama")), processor=None)
+    batches = batches_for(loaded, path, tokens=32, count=2)
+    assert len(batches) == windows
+    assert all(batch["input_ids"].shape == (1, min(32, shape[-1])) for batch in batches)
+    assert all(batch["input_ids"][0].diff().eq(1).all() for batch in batches)
+    loaded.forward(loaded.model, batches[0])
+
+
+@pytest.mark.parametrize(
+    ("ids", "words"),
+    [
+        (np.zeros((4, 8)), r"integers, got float64 \(4, 8\)"),
+        (np.zeros((1, 2, 3), dtype=np.int64), r"got int64 \(1, 2, 3\)"),
+        (np.full((1, 8), -1), "from 0 on, got -1"),
+        (np.full((1, 8), 400_000), r"ids\.npy gives token 400,000 but the model has"),
+        (np.zeros(8, dtype=np.int64), r"has 8 tokens, 64 are needed \(2 windows of 32\)"),
+    ],
+)
+def test_what_are_no_token_ids_of_the_model_is_an_error(
+    folder: Folder, tmp_path: Path, ids: np.ndarray, words: str
+) -> None:
+    np.save(tmp_path / "ids.npy", ids)
+    with pytest.raises(InputError, match=words):
+        batches_for(setpoint.load(folder("llama")), tmp_path / "ids.npy", tokens=32, count=2)
+
+
+@pytest.mark.parametrize("name", ["ids.npy", "ids.safetensors"])
+def test_damaged_token_ids_are_an_error(folder: Folder, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"none")
+    with pytest.raises(InputError, match="can't be read as token ids"):
+        batches_for(setpoint.load(folder("llama")), tmp_path / name)
+
+
+def test_a_model_without_tokenizer_asks_for_token_ids(folder: Folder) -> None:
+    with pytest.raises(InputError, match=r"no tokenizer.*--data IDS\.npy"):
+        batches_for(replace(setpoint.load(folder("llama")), processor=None))

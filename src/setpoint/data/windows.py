@@ -1,4 +1,4 @@
-"""Text for language models and encoders: a corpus that is on every machine, a file of the user's, and token windows.
+"""Text for language models and encoders: a corpus that is on every machine, files of the user's, and token windows.
 
 The default corpus is the reference documentation inside Python itself (`pydoc_data.topics`, what ``help("if")``
 prints): about half a megabyte of technical English with code in it, under the PSF licence. It differs a little
@@ -13,7 +13,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from setpoint.errors import InputError
@@ -119,8 +122,65 @@ def token_windows(text: Text, tokenizer: Any, *, tokens: int, count: int, seed: 
             f"{text.origin} has {len(ids):,} tokens, {needed:,} are needed ({count} windows of {tokens}); "
             f"give a longer text, or ask for fewer or shorter windows"
         )
-    slots = torch.randperm(len(ids) // room, generator=torch.Generator().manual_seed(seed))[:count].sort().values
-    return [torch.tensor([[*before, *ids[slot * room : (slot + 1) * room], *after]]) for slot in slots.tolist()]
+    starts = _starts(len(ids), room, count, seed)
+    return [torch.tensor([[*before, *ids[start : start + room], *after]]) for start in starts]
+
+
+IDS = (".npy", ".safetensors")
+"""Endings of files that hold token ids instead of text."""
+
+
+def id_windows(path: str | Path, *, tokens: int, count: int, seed: int = 0) -> list[Tensor]:
+    """Windows of the token ids that a file holds, for a model whose tokenizer is elsewhere.
+
+    Args:
+        path: A ``.npy`` file, or a ``.safetensors`` file of one tensor: integers ``(n,)``, cut like a text, or
+            ``(batch, tokens)``, of which every row is a window.
+        tokens: Length of a window; longer rows are cut to it.
+        count: How many at most.
+        seed: Chooses other windows of ``(n,)`` ids.
+
+    Returns:
+        Integer tensors of shape ``(1, tokens)``; shorter rows stay shorter.
+
+    Raises:
+        InputError: The file can't be read, holds something else, or too little.
+    """
+    ids = _read_ids(Path(path))
+    if ids.dim() == 2:
+        return [row[None, :tokens] for row in ids[:count]]
+    if len(ids) < tokens * count:
+        raise InputError(
+            f"{path} has {len(ids):,} tokens, {tokens * count:,} are needed ({count} windows of {tokens}); give more, "
+            "or shorter windows as rows of a tensor (batch, tokens)"
+        )
+    return [ids[None, start : start + tokens] for start in _starts(len(ids), tokens, count, seed)]
+
+
+def _read_ids(path: Path) -> Tensor:
+    try:
+        if path.suffix == ".npy":
+            found = [torch.from_numpy(np.load(path, allow_pickle=False))]
+        else:
+            found = list(load_file(path).values())
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise InputError(f"{path} can't be read as token ids: {' '.join(str(error).split())}") from error
+    shapes = ", ".join(f"{t.dtype} {tuple(t.shape)}".removeprefix("torch.") for t in found) or "nothing"
+    if len(found) != 1 or found[0].dtype not in _INTEGERS or found[0].dim() not in (1, 2) or not found[0].numel():
+        raise InputError(f"{path}: expected one tensor of token ids (n,) or (batch, tokens), integers, got {shapes}")
+    ids = found[0].long()
+    if int(ids.min()) < 0:
+        raise InputError(f"{path}: expected token ids from 0 on, got {int(ids.min())}")
+    return ids
+
+
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32)
+
+
+def _starts(length: int, room: int, count: int, seed: int) -> list[int]:
+    """Where windows start: none overlaps another, and they keep their order."""
+    slots = torch.randperm(length // room, generator=torch.Generator().manual_seed(seed))[:count].sort().values
+    return [slot * room for slot in slots.tolist()]
 
 
 _CHARACTERS_PER_TOKEN = 8

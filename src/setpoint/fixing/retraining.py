@@ -46,11 +46,14 @@ def retrain_on(
     Raises:
         InputError: A model of another kind, one without tokenizer or transform, or data that doesn't fit it.
     """
-    if loaded.processor is None or loaded.task not in _LESSONS:
+    otherwise = "in Python give retrain= a function of yours that trains the model"
+    if loaded.task not in _LESSONS:
         raise InputError(
-            f"{loaded.source} is no language model with a tokenizer and no model of images with a transform, so "
-            f"setpoint can't train it on {source}; in Python give retrain= a function of yours that trains the model"
+            f"{loaded.source} is no language model and no model of images, so setpoint can't train it; {otherwise}"
         )
+    if loaded.processor is None:
+        missing = "tokenizer" if loaded.task == "language-model" else "image transform"
+        raise InputError(f"{loaded.source} has no {missing}, so setpoint can't train it; add it, or {otherwise}")
     lesson = _LESSONS[loaded.task](loaded, source, batch_size, seed)
 
     def retrain(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from setpoint.data.batches import next_token_loss as target_loss
 from setpoint.data.pictures import folder_paths, picture_paths, read_images
-from setpoint.data.windows import default_text, read_text, token_windows
+from setpoint.data.windows import IDS, default_text, id_windows, read_text, token_windows
 from setpoint.errors import InputError
 from setpoint.placing import follow
 from setpoint.types import Loaded
@@ -26,8 +26,9 @@ def batches_for(
 
     Args:
         loaded: From `setpoint.load`.
-        data: A UTF-8 text file for a model of text, a folder of pictures for a model of images; None for what came
-            with the model, or else for the default: Python's own documentation, or scikit-image's pictures.
+        data: A UTF-8 text file or a file of token ids (`setpoint.data.windows.id_windows`) for a model of text, a
+            folder of pictures for a model of images; None for what came with the model, or else for the default:
+            Python's own documentation, or scikit-image's pictures.
         tokens: Length of a text window, cut to what the model can take.
         count: Number of text windows, or of pictures.
         seed: Chooses other windows of the same text.
@@ -105,23 +106,26 @@ def next_token_loss(output: Any, batch: Any) -> Tensor:
 
 
 def _text_batches(loaded: Loaded, data: str | Path | None, tokens: int, count: int, seed: int) -> list[Any]:
-    if loaded.processor is None:
-        raise InputError(f"{loaded.source} has no tokenizer, so text cannot be given to it; add tokenizer.json to it")
-    text = default_text() if data is None else read_text(data)
     tokens = min(tokens, _longest_input(loaded))
-    windows = token_windows(text, loaded.processor, tokens=tokens, count=count, seed=seed)
+    if data is not None and Path(data).suffix in IDS:
+        given, windows = str(data), id_windows(data, tokens=tokens, count=count, seed=seed)
+    elif loaded.processor is None:
+        raise InputError(
+            f"{loaded.source} has no tokenizer, so text cannot be given to it; add tokenizer.json to it, or give token "
+            "ids (--data IDS.npy or IDS.safetensors, integers (n,) or (batch, tokens))"
+        )
+    else:
+        text = default_text() if data is None else read_text(data)
+        given, windows = "the tokenizer", token_windows(text, loaded.processor, tokens=tokens, count=count, seed=seed)
     device, embeddings = _device(loaded.model), _embeddings(loaded.model)
     largest = max(int(window.max()) for window in windows)
     if embeddings is not None and largest >= embeddings:
         raise InputError(
-            f"{loaded.source}: the tokenizer gives token {largest:,} but the model has {embeddings:,} embeddings"
+            f"{loaded.source}: {given} gives token {largest:,} but the model has {embeddings:,} embeddings"
         )
     if getattr(getattr(loaded.model, "config", None), "is_encoder_decoder", False):
-        half = tokens // 2
-        return [
-            {"input_ids": window[:, :half].to(device), "decoder_input_ids": window[:, half:].to(device)}
-            for window in windows
-        ]
+        halves = [(window.to(device), window.shape[1] // 2) for window in windows]
+        return [{"input_ids": window[:, :half], "decoder_input_ids": window[:, half:]} for window, half in halves]
     return [{"input_ids": window.to(device)} for window in windows]
 
 
