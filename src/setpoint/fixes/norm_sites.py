@@ -18,6 +18,9 @@ from setpoint.types import Block, Edit, NormSite, Refusal
 if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
 
+MOVED = "moves axes or computes something before it normalizes, so no other norm can be put in its place"
+"""Reason to leave a module whose norm is not over its own input."""
+
 
 def replaceable(site: NormSite) -> bool:
     """Whether a norm is one over the features of a token: not one over a batch, nor over several groups of channels."""
@@ -71,6 +74,8 @@ def needs_norms(anatomy: Anatomy, layer: type[nn.Module]) -> Refusal | None:
             return Refusal(
                 site.name.partition("#")[0], "computes its norm in its own forward, where it can't be replaced"
             )
+        if not site.as_given:
+            return Refusal(site.name, MOVED)
     return None
 
 

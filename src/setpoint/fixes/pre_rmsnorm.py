@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from setpoint.fixes.norm_sites import kept_affine
+from setpoint.fixes.norm_sites import MOVED, kept_affine
 from setpoint.fixing.base import Refused
 from setpoint.nn import CRMSNorm
 from setpoint.surgery.centre import centre_writers
@@ -89,6 +89,8 @@ def cannot_replace(anatomy: Anatomy, names: Collection[str]) -> Refusal | None:
         site = anatomy.norms[name]
         if "#" in name:
             return Refusal(name.partition("#")[0], "computes its norm in its own forward, where it can't be replaced")
+        if not site.as_given:
+            return Refusal(name, MOVED)
         if site.eps is None:
             return Refusal(name, "its epsilon could not be read, so no equal norm can be put in its place")
         hidden = any(

@@ -45,6 +45,7 @@ class NormRead:
     gain_parameter: str = ""
     shift_parameter: str = ""
     groups: int = 1
+    as_given: bool = True
     nodes: list[Node] = field(default_factory=list)
 
 

@@ -15,7 +15,7 @@ from setpoint.surgery.behaviour import NormRead, norm_of_call, norms_inline
 from setpoint.surgery.graph import Graph, bit
 from setpoint.surgery.indices import Indices, read_channels, used_rows
 from setpoint.surgery.ops import ACTIVATIONS, MOVES, NORMS
-from setpoint.surgery.tape import Node, Value
+from setpoint.surgery.tape import Call, Node, Value
 from setpoint.types import NormKind, NormSite, Use
 
 
@@ -73,8 +73,25 @@ def _by_op(graph: Graph, node: Node) -> NormRead:
         gain.name if gain else "",
         shift.name if shift else "",
         groups,
+        _is_given(call, x, len(axes)),
         [node],
     )
+
+
+def _is_given(call: Call, value: Value, trailing: int) -> bool:
+    """Whether a value is an input of a module, moved at most, with its last ``trailing`` axes where they were."""
+    while all(value is not given for given in call.inputs):
+        maker = value.producer
+        move = MOVES.get(maker.op) if maker is not None else None
+        if maker is None or move not in ("view", "transpose", "cast", "clone", "to"):
+            return False
+        after, value = value.tensor, maker.inputs[0]
+        before = value.tensor
+        if after.shape[-trailing:] != before.shape[-trailing:]:
+            return False
+        if move == "transpose" and after.stride()[-trailing:] != before.stride()[-trailing:]:
+            return False
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +187,7 @@ def norm_sites(graph: Graph, reads: list[NormRead]) -> tuple[dict[str, NormSite]
             tuple(use for read in own for use in find_uses(graph, read, reads, readings)),
             len(own),
             own[0].groups,
+            all(read.as_given for read in own),
         )
         for name, own in calls.items()
     }

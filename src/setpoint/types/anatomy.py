@@ -130,6 +130,8 @@ class NormSite:
         uses: Every reader of every call, in order.
         calls: How often it ran in the pass.
         groups: How many groups of channels are normalized apart from each other (group norm), 1 otherwise.
+        as_given: Whether what it normalizes is its module's input with the axes where they were; False where the module
+            moves axes or computes something first.
     """
 
     name: str
@@ -144,6 +146,7 @@ class NormSite:
     uses: tuple[Use, ...] = ()
     calls: int = 1
     groups: int = 1
+    as_given: bool = True
 
     @property
     def feeds(self) -> frozenset[str]:
