@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from setpoint import fix
 from setpoint.errors import InputError
@@ -158,3 +159,34 @@ def test_a_model_that_can_not_be_narrowed_is_refused(reader: type[nn.Module], wh
         fix(model, "pre-crmsnorm", [torch.randn(2, 5, 4)], inplace=True)
     assert all(a is b for a, b in zip(parts[0], model.modules(), strict=True))
     assert all(a is b for a, b in zip(parts[1], model.parameters(), strict=True))
+
+
+class FixedWidth(nn.Module):
+    """An attention whose heads have a quarter of the width that comes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(32, 32) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (f(x).view(*x.shape[:2], 4, x.shape[2] // 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = functional.scaled_dot_product_attention(q, k, v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+class FixedWidthBlock(nn.Module):
+    """Pre-LN, with attention alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.attention = nn.LayerNorm(32), FixedWidth()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attention(self.norm(x))
+
+
+def test_a_module_whose_code_rests_on_the_width_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 32), FixedWidthBlock(), nn.LayerNorm(32), nn.Linear(32, 3))
+    with pytest.raises(Refused, match=r"does not run afterwards.*its code may rest on a size that changed") as caught:
+        fix(model, "pre-crmsnorm", [torch.randn(2, 16, 4)], timed=False)
+    assert caught.value.refusal.path == "1.attention"

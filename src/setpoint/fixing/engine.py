@@ -308,9 +308,21 @@ def _judged(each: Fix, before: nn.Module, after: nn.Module, run: _Run) -> tuple[
     inputs = [double(batch) for batch in run.inputs]
     commit(new, run.plan(each, new, _trace(new, inputs[0], run.loaded), inputs))
     try:
-        with _runs("it does not run afterwards, so the change was undone"):
+        with _runs("does not run afterwards, so the change was undone; its code may rest on a size that changed"):
             return judge(each.id, (old, new), (before, after), run.inputs, run.loaded.forward)
     except (NotExact, Refused):
         raise
     except InputError as error:
-        raise Refused(each.id, Refusal("", str(error))) from error
+        place = _place_of(error.__cause__, new) or _place_of(error.__cause__, after)
+        raise Refused(each.id, Refusal(place, str(error) if place else f"it {error}")) from error
+
+
+def _place_of(error: BaseException | None, model: nn.Module) -> str:
+    """The innermost module of a model whose code an error came from, "" if none."""
+    names = {id(module): name for name, module in model.named_modules()}
+    place, trace = "", error.__traceback__ if error is not None else None
+    while trace is not None:
+        first = trace.tb_frame.f_code.co_varnames[:1]  # ``self`` of a method, whatever it is called
+        place = names.get(id(trace.tb_frame.f_locals.get(*first)), place) if first else place
+        trace = trace.tb_next
+    return place
