@@ -79,7 +79,11 @@ class ReadTwice(Functional):
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
-    [(Functional, "no module used here alone"), (Reused, "no module used here alone"), (ReadTwice, "something else")],
+    [
+        (Functional, "has a relu behind it that is no module"),
+        (Reused, "which activates elsewhere too"),
+        (ReadTwice, "something else"),
+    ],
 )
 def test_activation_that_can_not_be_taken_away_alone_is_refused(kind: type[nn.Module], reason: str) -> None:
     with pytest.raises(InputError, match=f"norm: .*{reason}"):

@@ -38,7 +38,8 @@ def test_hyphens_in_a_field_are_taken_for_underscores() -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("dtt", "the nearest are dyt"),
+        ("dtt", "the nearest: dyt"),
+        ("lorc", "no fix is called 'lorc'. See: setpoint list --kind fix"),
         ("massive-activation", "is a check, not a fix"),
         ("tvr", "is a callback, not a fix; massive-refined brings the fix kv-bias"),
         ("dyt:alfa=1", "fields of dyt: alpha (float or none, none), attention_alpha"),

@@ -106,9 +106,13 @@ class EvoNorms:
             return None
         call = readers[0].call
         alone = [value] == call.inputs and [behind[1]] == call.outputs and not call.children
-        uses = sum(other.name == call.name for other in graph.tape.calls)
-        if not call.name or not alone or uses != 1:
-            reason = "has an activation behind it that is no module used here alone; give each norm a module of its own"
+        if not call.name or not alone:
+            reason = f"has a {behind[0]} behind it that is no module; make it one in your code, as nn.ReLU is"
+            raise Refused(self.id, Refusal(path, reason))
+        if sum(other.name == call.name for other in graph.tape.calls) != 1:
+            reason = (
+                f"has {call.name} behind it, which activates elsewhere too; give each norm an activation of its own"
+            )
             raise Refused(self.id, Refusal(path, reason))
         return call.name
 

@@ -1,4 +1,4 @@
-"""Fixes as text: ``outliertune,lorc:bits=4:rank=8``.
+"""Fixes as text: ``pre-rmsnorm,dyt:alpha=0.8:embedding_scale=false``.
 
 One grammar for every fix: an item id of the catalogue, then ``:field=value`` for the fields of its dataclass; items are
 separated by commas, the values of a list by ``+``.
@@ -39,8 +39,9 @@ def fix_class(id: str) -> type[Fix]:
         others = [other.id for other in method.items if other.kind == "fix"]
         hint = f"; {method.key} brings the fix {', '.join(others)}" if others else ""
         raise InputError(f"{id!r} is a {item.kind}, not a fix{hint}. See: setpoint show {method.key}")
-    offered = ", ".join(nearest(id, fixes)) or "none"
-    raise InputError(f"no fix is called {id!r}; the nearest are {offered}. See: setpoint list --kind fix")
+    alike = ", ".join(nearest(id, fixes, likeness=0.6))
+    hint = f"; the nearest: {alike}" if alike else ""
+    raise InputError(f"no fix is called {id!r}{hint}. See: setpoint list --kind fix")
 
 
 def parse(text: str) -> list[Fix]:
