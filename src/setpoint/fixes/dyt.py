@@ -23,9 +23,9 @@ from torch import nn
 
 from setpoint.fixes.fields import expect_positive
 from setpoint.fixes.norm_sites import channels_last, needs_norms, replaceable, sizes_of
-from setpoint.fixes.pre_rmsnorm import in_its_place
 from setpoint.fixing.base import Refused
 from setpoint.nn import DyT
+from setpoint.surgery.editing import table_of
 from setpoint.types import Build, Edit, FixContext, Preserves, Refusal, Stage, Writer
 
 if TYPE_CHECKING:
@@ -143,4 +143,4 @@ def _scaled_embedding(model: nn.Module, anatomy: Anatomy) -> list[Edit]:
         reason = f"is a {kind}, no plain nn.Embedding; scale it in your code and add embedding_scale=false"
         raise Refused("dyt", Refusal(place, reason))
     target = "setpoint.surgery.inserts:ScaledEmbedding"
-    return in_its_place(place, table, target, "tanh needs a stream of about unit size", scale=sqrt(table.embedding_dim))
+    return table_of(place, table, target, "tanh needs a stream of about unit size", scale=sqrt(table.embedding_dim))

@@ -7,6 +7,7 @@ in it that the fix would put in.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -76,6 +77,29 @@ def needs_norms(anatomy: Anatomy, layer: type[nn.Module]) -> Refusal | None:
             )
         if not site.as_given:
             return Refusal(site.name, MOVED)
+    return None
+
+
+def cannot_replace(anatomy: Anatomy, names: Collection[str]) -> Refusal | None:
+    """Norms that are no module of their own, or that could not be read exactly, can't be replaced by equals."""
+    for name in names:
+        site = anatomy.norms[name]
+        if "#" in name:
+            return Refusal(name.partition("#")[0], "computes its norm in its own forward, where it can't be replaced")
+        if not site.as_given:
+            return Refusal(name, MOVED)
+        if site.eps is None:
+            return Refusal(name, "its epsilon could not be read, so no equal norm can be put in its place")
+        hidden = any(
+            value is not None and not stored
+            for value, stored in ((site.gain, site.gain_parameter), (site.shift, site.shift_parameter))
+        )
+        if hidden or any(use.op and use.module == name for use in site.uses):
+            return Refusal(
+                name,
+                "does more than normalize and apply parameters of its own, so no equal norm can be put in its place; "
+                "if it scales its output, fold the factor first (lns-fold)",
+            )
     return None
 
 

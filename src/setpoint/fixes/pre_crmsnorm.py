@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import nn
 
 from setpoint.errors import InputError
-from setpoint.fixes.pre_rmsnorm import cannot_replace, centred_stream, is_read_elsewhere, nothing_centred
+from setpoint.fixes.norm_sites import cannot_replace
+from setpoint.fixes.pre_rmsnorm import centred_stream, is_read_elsewhere, nothing_centred
 from setpoint.fixing.base import Refused
 from setpoint.nn import PreLN
 from setpoint.surgery.anatomy import Anatomy

@@ -17,18 +17,18 @@ Reference: Jiang, Gu, Zhu and Pan, 2023, "Pre-RMSNorm and Pre-CRMSNorm Transform
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
-from setpoint.fixes.norm_sites import MOVED, kept_affine
+from setpoint.fixes.norm_sites import cannot_replace, kept_affine
 from setpoint.fixing.base import Refused
 from setpoint.nn import CRMSNorm
 from setpoint.surgery.centre import centre_writers
 from setpoint.surgery.copying import in_float64
-from setpoint.surgery.editing import commit
+from setpoint.surgery.editing import commit, table_of
 from setpoint.surgery.stream import ZERO, Means, measure_means, not_pre_norm, stream_norms, stream_width
 from setpoint.types import Build, Edit, FixContext, NormSite, Preserves, Ref, Refusal, Stage, Writer
 
@@ -81,29 +81,6 @@ def nothing_centred(anatomy: Anatomy) -> Refusal | None:
         return None
     done = anatomy.has(CRMSNorm) or any(site.kind == "rms" for site in anatomy.norms.values())
     return Refusal("", "it has no LayerNorm; there is nothing to convert", done=done)
-
-
-def cannot_replace(anatomy: Anatomy, names: Collection[str]) -> Refusal | None:
-    """Norms that are no module of their own, or that could not be read exactly, can't be replaced by equals."""
-    for name in names:
-        site = anatomy.norms[name]
-        if "#" in name:
-            return Refusal(name.partition("#")[0], "computes its norm in its own forward, where it can't be replaced")
-        if not site.as_given:
-            return Refusal(name, MOVED)
-        if site.eps is None:
-            return Refusal(name, "its epsilon could not be read, so no equal norm can be put in its place")
-        hidden = any(
-            value is not None and not stored
-            for value, stored in ((site.gain, site.gain_parameter), (site.shift, site.shift_parameter))
-        )
-        if hidden or any(use.op and use.module == name for use in site.uses):
-            return Refusal(
-                name,
-                "does more than normalize and apply parameters of its own, so no equal norm can be put in its place; "
-                "if it scales its output, fold the factor first (lns-fold)",
-            )
-    return None
 
 
 def centred_stream(ctx: FixContext, fix: str, *, drop_last: bool = False) -> tuple[list[Edit], list[str]]:
@@ -189,17 +166,10 @@ def _centred_embeddings(model: nn.Module, anatomy: Anatomy) -> list[Edit]:
             continue
         table = model.get_submodule(made.module)
         if type(table) is nn.Embedding and not writer.scale:
-            edits += in_its_place(
+            edits += table_of(
                 made.module, table, "setpoint.surgery.inserts:CentredEmbedding", "centred as it is looked up"
             )
     return [*centre_writers(model, plain), *edits]
-
-
-def in_its_place(path: str, table: nn.Embedding, target: str, why: str, **more: float) -> list[Edit]:
-    """A table of another class with the same weight, ties included."""
-    sizes = {"num_embeddings": table.num_embeddings, "embedding_dim": table.embedding_dim}
-    arguments = {**sizes, "padding_idx": table.padding_idx, **more}
-    return [Edit(path, Build(target, arguments), why), Edit(f"{path}.weight", table.weight, "the same table")]
 
 
 def _rms_norm(model: nn.Module, anatomy: Anatomy, site: NormSite) -> list[Edit]:

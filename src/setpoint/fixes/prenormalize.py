@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from setpoint.errors import InputError
-from setpoint.fixes.norm_sites import kept_affine, sizes_of
-from setpoint.fixes.pre_rmsnorm import cannot_replace
+from setpoint.fixes.norm_sites import cannot_replace, kept_affine, sizes_of
 from setpoint.fixing.base import Refused
 from setpoint.nn import LpNorm
 from setpoint.nn.norm.lpnorm import KINDS, Prenorm

@@ -8,18 +8,17 @@ knows, and readers do not depend on what the norm does.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.fixes.norm_sites import needs_norms, replaceable, sizes_of
 from setpoint.fixing.base import Refused
-from setpoint.nn import PowerNorm, UnifiedNorm
 from setpoint.surgery.copying import share
 from setpoint.surgery.editing import commit
 from setpoint.surgery.fold import cannot_fold, fold_norm
-from setpoint.types import Build, Edit, FixContext, Refusal
+from setpoint.types import Build, Edit, FixContext, Ref, Refusal
 
 if TYPE_CHECKING:
     from setpoint.surgery import Anatomy
@@ -64,13 +63,27 @@ def replaced(ctx: FixContext, fix: str, layer: type[nn.Module], arguments: Mappi
     ]
 
 
-def folded(ctx: FixContext, fix: str, kind: type[UnifiedNorm] | type[PowerNorm]) -> list[Edit]:
+class Foldable(Protocol):
+    """A norm that is an affine map in evaluation.
+
+    ``left_behind`` names the part of it that stays when the map is elsewhere, "" if none does.
+    """
+
+    num_features: int
+    left_behind: ClassVar[str]
+
+    def inference_affine(self) -> tuple[Tensor, Tensor]:
+        """``(scale, shift)``, each of ``num_features`` entries."""
+        ...
+
+
+def folded(ctx: FixContext, fix: str, kind: type[Foldable]) -> list[Edit]:
     """Fold the norms of a class into the weights that read them; those with other readers stay as they are.
 
     Args:
         ctx: The fix's context.
         fix: Its id, for messages.
-        kind: The class. Of a PowerNorm its scaling of groups is left.
+        kind: The class.
 
     Raises:
         Refused: Not one of them folds.
@@ -96,7 +109,8 @@ def folded(ctx: FixContext, fix: str, kind: type[UnifiedNorm] | type[PowerNorm])
             reasons.append(Refusal(path, str(error)))
             continue
         commit(stand_in, into)  # a weight may read two norms, row by row; the second fold starts from the first
-        edits += [*into, Edit(path, _left(norm), "it is in the weights that read it")]
+        left = Ref(f"{path}.{norm.left_behind}") if norm.left_behind else Build("torch.nn:Identity")
+        edits += [*into, Edit(path, left, "it is in the weights that read it")]
     if not edits:
         raise Refused(fix, reasons[0])
     return edits
@@ -106,13 +120,3 @@ def _traced(model: Any, ctx: FixContext) -> Anatomy:
     from setpoint.surgery import Anatomy
 
     return Anatomy.trace(model, ctx.batches[0], forward=ctx.forward)
-
-
-def _left(norm: UnifiedNorm | PowerNorm) -> Build:
-    scaling = getattr(norm, "scaling", None)
-    group_num = getattr(scaling, "group_num", None)
-    if group_num is None:
-        return Build("torch.nn:Identity")
-    return Build(
-        "setpoint.nn:GroupScaling", {"num_features": norm.num_features, "group_num": group_num, "eps": norm.eps}
-    )

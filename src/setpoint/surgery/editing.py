@@ -281,3 +281,10 @@ def parameter(model: nn.Module, name: str) -> torch.Tensor:
     found = getattr(model.get_submodule(parent), last)
     assert isinstance(found, Tensor)
     return found
+
+
+def table_of(path: str, table: nn.Embedding, target: str, why: str, **more: float) -> list[Edit]:
+    """Edits that make a table one of another class with the same weight, ties included."""
+    sizes = {"num_embeddings": table.num_embeddings, "embedding_dim": table.embedding_dim}
+    arguments = {**sizes, "padding_idx": table.padding_idx, **more}
+    return [Edit(path, Build(target, arguments), why), Edit(f"{path}.weight", table.weight, "the same table")]

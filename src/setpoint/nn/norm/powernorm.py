@@ -18,7 +18,7 @@ Evaluation is an affine map, which folds into the weight behind it.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -132,6 +132,9 @@ class PowerNorm(StatefulNorm):
     running_phi: Tensor
     ema_gz: Tensor
     iters: Tensor
+
+    left_behind: ClassVar[str] = "scaling"
+    """Name of the part that stays in its place once its affine map is in the weights that read it."""
 
     def __init__(
         self,

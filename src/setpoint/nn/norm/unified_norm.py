@@ -17,7 +17,7 @@ With ``g = dL/dy * weight * r``: ``dx = (g - z * ema_gz) / sqrt(s + eps)``, ``em
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -88,6 +88,9 @@ class UnifiedNorm(StatefulNorm):
     buffer_gz: Tensor
     iters: Tensor
     skip_counter: Tensor
+
+    left_behind: ClassVar[str] = ""
+    """Name of the part that stays in its place once its affine map is in the weights that read it; none does."""
 
     def __init__(
         self,
