@@ -258,7 +258,7 @@ def test_a_fix_named_twice_is_said_to_have_changed_the_model_once(make: Make) ->
 
 
 def test_what_a_factory_gives_is_not_said_to_be_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mine.py").write_text("from setpoint.testing.tiny import gpt2\nbuild = gpt2\n")
+    (tmp_path / "tiny_factory.py").write_text("from setpoint.testing.tiny import gpt2\nbuild = gpt2\n")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(InputError, match="mine:build may have been trained: give data"):
-        fix("mine:build", "lns", [torch.ones(1, 4, dtype=torch.long)], timed=False)
+    with pytest.raises(InputError, match="tiny_factory:build may have been trained: give data"):
+        fix("tiny_factory:build", "lns", [torch.ones(1, 4, dtype=torch.long)], timed=False)
