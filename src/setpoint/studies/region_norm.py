@@ -65,7 +65,7 @@ LOOKING = Budget(seeds=20, minutes=1, options={"images": 256})
     claims=tuple(
         Claim(
             f"With {share:.0%} of the image missing, features that see no hole move half as far as under {name} norm.",
-            Better(0.5),
+            Better(1.0),
             f"moved_at_{round(100 * share)}",
             "region",
             name,
