@@ -65,7 +65,7 @@ def test_show_tells_how_an_item_is_called() -> None:
         "Sorts names by likeness.",
         "setpoint check MODEL --probe near-names",
         "from setpoint.errors import nearest",
-        "nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]",
+        "nearest(name: str, known: Iterable[str], count: int = 3",
         "raises  massive-activation",
         "none of its own",
     ]:

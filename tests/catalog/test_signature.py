@@ -10,7 +10,7 @@ from setpoint.errors import InputError
 
 def test_function_signature_is_as_written() -> None:
     found = signature("setpoint.errors:nearest")
-    assert found.call == "(name: str, known: Iterable[str], count: int = 3) -> list[str]"
+    assert found.call == "(name: str, known: Iterable[str], count: int = 3, *, likeness: float = 0.0) -> list[str]"
     assert found.summary == "The ``count`` names of ``known`` most like ``name``, best first."
 
 

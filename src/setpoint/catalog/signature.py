@@ -44,7 +44,7 @@ def signature(path: str) -> Signature:
         InputError: There is no such module, or nothing of that name at its top level.
 
     >>> signature("setpoint.errors:nearest").call
-    '(name: str, known: Iterable[str], count: int = 3) -> list[str]'
+    '(name: str, known: Iterable[str], count: int = 3, *, likeness: float = 0.0) -> list[str]'
     """
     module, _, name = path.partition(":")
     for _ in range(_HOPS):
