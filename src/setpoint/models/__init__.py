@@ -3,6 +3,7 @@
 from setpoint.models.checkpoints import from_folder, from_transformers
 from setpoint.models.initialize import DepthScaledNormal, LayerIndexNormal, Normal, XavierNormal
 from setpoint.models.inpainting import InpaintingConfig, InpaintingUNet
+from setpoint.models.labels_to_image import LabelsToImage, LabelsToImageConfig
 from setpoint.models.position import Learned, Llama3Rotary, Position, Rotary, Sinusoidal
 from setpoint.models.resnet import BasicBlock, Bottleneck, CifarStem, ImageNetStem, ResNet, ResNetConfig
 from setpoint.models.stack import MLP, Attention, SwiGLU
@@ -20,6 +21,8 @@ __all__ = [
     "ImageNetStem",
     "InpaintingConfig",
     "InpaintingUNet",
+    "LabelsToImage",
+    "LabelsToImageConfig",
     "LayerIndexNormal",
     "Learned",
     "Llama3Rotary",
