@@ -13,47 +13,25 @@ Transformation", arXiv 1511.06281.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
-from hashlib import sha256
 from math import log10
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from setpoint.extras import require
 from setpoint.nn import GDN, GDNDensity
 from setpoint.studies import Arm, Better, Budget, Claim, Context, Outcome, Tuning, study
+from setpoint.studies._photographs import SOURCE, part_of, photographs, version
 from setpoint.types import Series
 
 SIDE = 4
 SIGMA = 0.1
 """Of the noise to take away, where white is 1."""
-PARTS = {"train": (0.0, 0.6), "valid": (0.6, 0.8), "test": (0.8, 1.0)}
-"""Where, from the left edge of each photograph to the right."""
-
-
-@cache
-def photographs() -> Tensor:
-    """Two grey photographs in 8-bit steps, ``(2, height, width)``."""
-    require("PIL", "vision", "to read a photograph")
-    from sklearn.datasets import load_sample_image
-
-    pixels = [torch.tensor(load_sample_image(name), dtype=torch.float32) for name in ("china.jpg", "flower.jpg")]
-    return torch.stack(pixels).mean(-1)
-
-
-@cache
-def version() -> str:
-    """Checksum of the data."""
-    return sha256(photographs().numpy().tobytes()).hexdigest()[:12]
 
 
 def patches(part: str, count: int, numbers: torch.Generator) -> Tensor:
     """Patches ``(count, 16)`` at random places of a part, from 0 to 1, with noise of one step added."""
-    whole = photographs()
-    left, right = (round(share * whole.shape[2]) for share in PARTS[part])
-    windows = whole[:, :, left:right].unfold(1, SIDE, 1).unfold(2, SIDE, 1).flatten(0, 2)
+    windows = part_of(photographs().mean(1), part).unfold(1, SIDE, 1).unfold(2, SIDE, 1).flatten(0, 2)
     chosen = windows[torch.randint(len(windows), (count,), generator=numbers)].flatten(1)
     return (chosen + torch.rand(chosen.shape, generator=numbers)) / 256
 
@@ -131,7 +109,7 @@ ARMS = (
         "laptop": Budget(seeds=5, minutes=10, options={"steps": 800, "patches": 25_000, "denoised": 2000}),
         "full": Budget(seeds=20, minutes=60, options={"steps": 4000, "patches": 100_000, "denoised": 5000}),
     },
-    data=("photographs of scikit-learn",),
+    data=(SOURCE,),
     data_version=version,
     parameter_slack=1.1,  # the two stages
 )

@@ -24,7 +24,7 @@ from setpoint.data.holes import free_form_holes
 from setpoint.models import InpaintingConfig, InpaintingUNet
 from setpoint.nn import RNB, RNL, conditioned
 from setpoint.studies import Arm, Better, Budget, Claim, Context, NotWorse, Outcome, Tuning, study
-from setpoint.studies.gdn import PARTS, photographs, version
+from setpoint.studies._photographs import SOURCE, crops, fitted, part_of, photographs, version
 from setpoint.types import Series
 
 SIDE = 32
@@ -33,13 +33,9 @@ SHARES = (0.1, 0.3, 0.5)
 """Of the image, in the study that only looks."""
 
 
-def crops(part: str, count: int, numbers: torch.Generator) -> Tensor:
+def grey(part: str, count: int, numbers: torch.Generator) -> Tensor:
     """Grey crops ``(count, 1, 32, 32)`` at random places of a part of the photographs, from 0 to 1."""
-    whole = photographs() / 255
-    left, right = (round(share * whole.shape[2]) for share in PARTS[part])
-    windows = whole[:, :, left:right].unfold(1, SIDE, 1).unfold(2, SIDE, 1)
-    places = [torch.randint(size, (count,), generator=numbers) for size in windows.shape[:3]]
-    return windows[places[0], places[1], places[2]].unsqueeze(1)
+    return crops(part_of(photographs().mean(1, keepdim=True) / 255, part), count, SIDE, numbers)
 
 
 # what a hole does to features ----------------------------------------------------------------------------------------
@@ -79,13 +75,13 @@ LOOKING = Budget(seeds=20, minutes=1, options={"images": 256})
         "laptop": LOOKING,
         "full": Budget(seeds=50, minutes=5, options={"images": 1024}),
     },
-    data=("photographs of scikit-learn",),
+    data=(SOURCE,),
     data_version=version,
 )
 def shift(arm: Arm, _setting: Mapping[str, Any], seed: int, budget: Budget, ctx: Context) -> Outcome:
     """Root mean square distance between features with and without holes, where no hole is seen."""
     numbers = torch.Generator().manual_seed(seed)
-    images = crops(ctx.split, budget["images"], numbers)
+    images = grey(ctx.split, budget["images"], numbers)
     torch.manual_seed(seed)
     convolution = nn.Conv2d(1, 16, 3, padding=1, padding_mode="reflect")
     moved: dict[float, float] = {}
@@ -108,15 +104,11 @@ def shift(arm: Arm, _setting: Mapping[str, Any], seed: int, budget: Budget, ctx:
 
 
 def psnr(model: nn.Module, images: Tensor, holes: Tensor) -> float:
-    """In the holes, in dB, in evaluation mode by batches of the size of training."""
+    """In the holes, in dB, by batches of the size of training."""
     error, pixels = 0.0, 0.0
-    model.eval()
-    with torch.no_grad():
-        for some, missing in zip(torch.split(images, BATCH), torch.split(holes, BATCH), strict=True):
-            painted = model(some, missing)
-            error += float((painted - some)[missing].square().sum())
-            pixels += float(missing.sum())
-    model.train()
+    for some, missing in zip(torch.split(images, BATCH), torch.split(holes, BATCH), strict=True):
+        error += float((model(some, missing) - some)[missing].square().sum())
+        pixels += float(missing.sum())
     return -10 * log10(max(error / pixels, 1e-10))
 
 
@@ -125,31 +117,31 @@ def trained(
 ) -> Outcome:
     """One training run."""
     numbers = torch.Generator().manual_seed(seed)
-    images = crops("train", budget["images"], numbers).to(ctx.device)
+    images = grey("train", budget["images"], numbers).to(ctx.device)
     fixed = torch.Generator().manual_seed(0 if ctx.split == "test" else 1)
-    held = crops(ctx.split, budget["held"], fixed).to(ctx.device)
+    held = grey(ctx.split, budget["held"], fixed).to(ctx.device)
     held_holes = free_form_holes(len(held), SIDE, SIDE, fixed).to(ctx.device)
     torch.manual_seed(seed)
     config = InpaintingConfig(channels=1, widths=(16, 32, 32), mask_channel=mask_channel)
     model = InpaintingUNet(config, norm=arm["norm"], late_norm=arm["late"]).to(ctx.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=setting["lr"])
-    steps = budget["steps"]
-    every = max(1, steps // 10)
-    at, curve = [], []
-    for step in range(1, steps + 1):
+
+    def loss() -> Tensor:
         chosen = images[torch.randint(len(images), (BATCH,), generator=numbers)]
-        holes = free_form_holes(BATCH, SIDE, SIDE, numbers).to(ctx.device)
-        loss = F.l1_loss(model(chosen, holes), chosen)
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if step % every == 0:
-            at.append(float(step))
-            curve.append(psnr(model, held, held_holes))
-            ctx.progress(step, steps, f"{curve[-1]:.1f} dB")
+        return F.l1_loss(model(chosen, free_form_holes(BATCH, SIDE, SIDE, numbers).to(ctx.device)), chosen)
+
+    steps = budget["steps"]
+    curve, end = fitted(
+        model,
+        loss,
+        lambda: psnr(model, held, held_holes),
+        "PSNR in the holes",
+        steps=steps,
+        lr=setting["lr"],
+        ctx=ctx,
+    )
     return Outcome(
-        {"psnr": curve[-1]},
-        curves=(Series("PSNR in the holes over step", tuple(at), tuple(curve)),),
+        {"psnr": end},
+        curves=(curve,),
         cost={"parameters": float(sum(p.numel() for p in model.parameters()))},
         conditions={"steps": steps, "images": len(images), "held": len(held), "batch": BATCH},
     )
@@ -186,7 +178,7 @@ def brighter(text: str, method: str, than: str, by: float) -> Claim:
     ),
     tuning=TUNING,
     budgets=BUDGETS,
-    data=("photographs of scikit-learn",),
+    data=(SOURCE,),
     data_version=version,
 )
 def holes_unseen(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budget, ctx: Context) -> Outcome:
@@ -212,7 +204,7 @@ def holes_unseen(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budget
     ),
     tuning=TUNING,
     budgets=BUDGETS,
-    data=("photographs of scikit-learn",),
+    data=(SOURCE,),
     data_version=version,
 )
 def holes_shown(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budget, ctx: Context) -> Outcome:

@@ -14,19 +14,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache, partial
-from hashlib import sha256
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from setpoint.extras import require
 from setpoint.models import LabelsToImage, LabelsToImageConfig
 from setpoint.nn import SPADE
 from setpoint.studies import Arm, Better, Budget, Claim, Context, NotWorse, Outcome, Tuning, study
-from setpoint.studies.gdn import PARTS
-from setpoint.types import Series
+from setpoint.studies._photographs import SOURCE, crops, fitted, part_of, photographs, version
 
 LABELS = 6
 SIDE = 32
@@ -35,57 +32,42 @@ GUESS = 1 / LABELS
 
 
 @cache
-def photographs() -> Tensor:
-    """Two photographs in 8-bit steps, ``(2, 3, height, width)``."""
-    require("PIL", "vision", "to read a photograph")
-    from sklearn.datasets import load_sample_image
-
-    pixels = [torch.tensor(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
-    return torch.stack(pixels).movedim(-1, 1)
-
-
-@cache
-def version() -> str:
-    """Checksum of the data."""
-    return sha256(photographs().numpy().tobytes()).hexdigest()[:12]
-
-
-@cache
 def colours() -> Tensor:
     """Centres of six clusters of colour ``(6, 3)``, from 0 to 1, of the part to train on."""
     from sklearn.cluster import KMeans
 
-    right = round(PARTS["train"][1] * photographs().shape[3])
-    pixels = photographs()[..., ::8, :right:8].movedim(1, -1).reshape(-1, 3) / 255
+    pixels = part_of(photographs(), "train")[..., ::8, ::8].movedim(1, -1).reshape(-1, 3) / 255
     return torch.tensor(KMeans(LABELS, n_init=4, random_state=0).fit(pixels.numpy()).cluster_centers_).float()
 
 
-def labels_of(images: Tensor) -> Tensor:
-    """The nearest colour of each pixel ``(N, H, W)``, after a blur that takes single pixels away."""
-    smooth = F.avg_pool2d(images, 5, 1, 2, count_include_pad=False)
-    return torch.stack([(smooth - c[:, None, None]).square().sum(1) for c in colours()], 1).argmin(1)
+def nearest_colour(images: Tensor) -> Tensor:
+    """Which of the colours each pixel is nearest to, ``(N, H, W)``."""
+    return torch.stack([(images - c[:, None, None]).square().sum(1) for c in colours()], 1).argmin(1)
 
 
-def crops(part: str, count: int, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
+@cache
+def labelled(part: str) -> Tensor:
+    """A part of the photographs from 0 to 1, and as a fourth channel its labels.
+
+    A blur comes before them, that takes single pixels away.
+    """
+    images = part_of(photographs(), part) / 255
+    labels = nearest_colour(F.avg_pool2d(images, 5, 1, 2, count_include_pad=False))
+    return torch.cat([images, labels[:, None]], 1)
+
+
+def drawn(part: str, count: int, numbers: torch.Generator) -> tuple[Tensor, Tensor]:
     """Crops ``(count, 3, 32, 32)`` from 0 to 1 at random places of a part, and their label maps."""
-    left, right = (round(share * photographs().shape[3]) for share in PARTS[part])
-    whole = photographs()[..., left:right]
-    labels = labels_of(whole / 255)
-    rows = torch.randint(whole.shape[2] - SIDE + 1, (count,), generator=numbers).tolist()
-    columns = torch.randint(whole.shape[3] - SIDE + 1, (count,), generator=numbers).tolist()
-    which = torch.randint(len(whole), (count,), generator=numbers).tolist()
-    places = list(zip(which, rows, columns, strict=True))
-    images = torch.stack([whole[i, :, r : r + SIDE, c : c + SIDE] for i, r, c in places]) / 255
-    return images, torch.stack([labels[i, r : r + SIDE, c : c + SIDE] for i, r, c in places])
+    found = crops(labelled(part), count, SIDE, numbers)
+    return found[:, :3], found[:, 3].long()
 
 
-@torch.no_grad()
 def recovered(model: nn.Module, device: str) -> float:
     """Share of pixels of maps of one label each whose nearest colour is that label's."""
     flat = torch.arange(LABELS)[:, None, None].expand(LABELS, SIDE, SIDE)
-    painted = model(flat.to(device)).cpu()
-    nearest = torch.stack([(painted - c[:, None, None]).square().sum(1) for c in colours()], 1).argmin(1)
-    return float((nearest == flat).float().mean())
+    with torch.no_grad():
+        painted = model(flat.to(device)).cpu()
+    return float((nearest_colour(painted) == flat).float().mean())
 
 
 def spade(norm: Literal["instance", "batch"]) -> Any:
@@ -153,40 +135,32 @@ ARMS = (
         "laptop": Budget(seeds=5, minutes=10, options={"steps": 200, "images": 2048, "held": 128}),
         "full": Budget(seeds=20, minutes=60, options={"steps": 4000, "images": 8192, "held": 1024}),
     },
-    data=("photographs of scikit-learn",),
+    data=(SOURCE,),
     data_version=version,
 )
 def painting(arm: Arm, setting: Mapping[str, Any], seed: int, budget: Budget, ctx: Context) -> Outcome:
     """One training run."""
     numbers = torch.Generator().manual_seed(seed)
-    images, labels = (t.to(ctx.device) for t in crops("train", budget["images"], numbers))
+    images, labels = (t.to(ctx.device) for t in drawn("train", budget["images"], numbers))
     fixed = torch.Generator().manual_seed(0)
-    held, held_labels = (t.to(ctx.device) for t in crops(ctx.split, budget["held"], fixed))
+    held, held_labels = (t.to(ctx.device) for t in drawn(ctx.split, budget["held"], fixed))
     torch.manual_seed(seed)
     config = LabelsToImageConfig(label_nc=LABELS, width=arm["width"], relabel=arm["relabel"])
     model = LabelsToImage(config, norm=arm["norm"]).to(ctx.device)
-    optimizer = torch.optim.Adam(model.parameters(), lr=setting["lr"])
-    steps = budget["steps"]
-    every = max(1, steps // 10)
-    at, curve = [], []
-    for step in range(1, steps + 1):
+
+    def loss() -> Tensor:
         chosen = torch.randint(len(images), (BATCH,), generator=numbers)
-        loss = F.l1_loss(model(labels[chosen]), images[chosen])
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        if step % every == 0:
-            model.eval()
-            with torch.no_grad():
-                parts = zip(torch.split(held_labels, BATCH), torch.split(held, BATCH), strict=True)
-                error = sum(float((model(some) - wanted).abs().sum()) for some, wanted in parts) / held.numel()
-            model.train()
-            at.append(float(step))
-            curve.append(error)
-            ctx.progress(step, steps, f"error {error:.3f}")
+        return F.l1_loss(model(labels[chosen]), images[chosen])
+
+    def error() -> float:
+        parts = zip(torch.split(held_labels, BATCH), torch.split(held, BATCH), strict=True)
+        return sum(float((model(some) - wanted).abs().sum()) for some, wanted in parts) / held.numel()
+
+    steps = budget["steps"]
+    curve, end = fitted(model, loss, error, "held-out absolute error", steps=steps, lr=setting["lr"], ctx=ctx)
     return Outcome(
-        {"l1_error": curve[-1], "recovered_accuracy": recovered(model.eval(), ctx.device)},
-        curves=(Series("held-out absolute error over step", tuple(at), tuple(curve)),),
+        {"l1_error": end, "recovered_accuracy": recovered(model.eval(), ctx.device)},
+        curves=(curve,),
         cost={"parameters": float(sum(p.numel() for p in model.parameters()))},
         conditions={"steps": steps, "images": len(images), "held": len(held), "batch": BATCH},
     )
