@@ -50,9 +50,11 @@ def test_a_change_of_the_studys_sizes_makes_its_result_stale(folder: Path) -> No
     import setpoint
 
     setpoint.prove("hidden_norm.py", budget="smoke", jobs=1, store="mine.db")
-    (module,) = [name for name in sys.modules if name.startswith("setpoint_study_")]
-    del sys.modules[module]
     path = folder / "hidden_norm.py"
+    (module,) = [  # other tests load studies too
+        name for name, m in sys.modules.items() if name.startswith("setpoint_study_") and m.__file__ == str(path)
+    ]
+    del sys.modules[module]
     path.write_text(path.read_text(encoding="utf-8").replace('"steps": 20', '"steps": 21'), encoding="utf-8")
     assert setpoint.results(store="mine.db")[0].stale
 
