@@ -70,24 +70,23 @@ def needs_norms(anatomy: Anatomy, layer: type[nn.Module]) -> Refusal | None:
             return Refusal("", f"its norms are batch norms, which {layer.__name__} does not replace")
         reason = "it has no LayerNorm or RMSNorm; there is nothing to replace"
         return Refusal("", reason, done=anatomy.has(layer))
-    for site in norms:
-        if "#" in site.name:
-            return Refusal(
-                site.name.partition("#")[0], "computes its norm in its own forward, where it can't be replaced"
-            )
-        if not site.as_given:
-            return Refusal(site.name, MOVED)
-    return None
+    return next(filter(None, map(_no_module_for, norms)), None)
+
+
+def _no_module_for(site: NormSite) -> Refusal | None:
+    """Why no module can take a norm's place: its own module does more than hold it."""
+    module, inside, _ = site.name.partition("#")
+    if inside:
+        return Refusal(module, "computes its norm in its own forward, where it can't be replaced")
+    return None if site.as_given else Refusal(module, MOVED)
 
 
 def cannot_replace(anatomy: Anatomy, names: Collection[str]) -> Refusal | None:
     """Norms that are no module of their own, or that could not be read exactly, can't be replaced by equals."""
     for name in names:
         site = anatomy.norms[name]
-        if "#" in name:
-            return Refusal(name.partition("#")[0], "computes its norm in its own forward, where it can't be replaced")
-        if not site.as_given:
-            return Refusal(name, MOVED)
+        if (refusal := _no_module_for(site)) is not None:
+            return refusal
         if site.eps is None:
             return Refusal(name, "its epsilon could not be read, so no equal norm can be put in its place")
         hidden = any(
