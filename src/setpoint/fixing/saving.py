@@ -53,8 +53,8 @@ def save(fixed: Fixed, folder: Path, *, force: bool = False) -> Path:
         statement["edits"] = []
     elif (odd := _odd_after_loading(fixed, statement)) is not None:
         raise InputError(
-            f"the model would not load back as it is, for something else than these fixes changed it ({odd}); make all "
-            "changes in one call, or give `fix` the .loaded of the earlier result"
+            f"the model would not load back as it is, for something else than these fixes changed it ({odd}); only "
+            "what a fix does can be written down, so make that change in a fix of yours, or save the weights yourself"
         )
     try:
         staging = begin(folder)
