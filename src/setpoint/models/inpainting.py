@@ -19,10 +19,8 @@ from torch.nn import functional as F
 
 from setpoint.errors import InputError
 from setpoint.models.plain import rebuild, to_plain
+from setpoint.nn.block.base import NormFactory
 from setpoint.nn.conditioning import conditioned
-
-NormFactory = Callable[[int], nn.Module]
-"""From a channel count to a norm."""
 
 Images = Float[Tensor, "batch channels height width"]
 Holes = Bool[Tensor, "batch 1 height width"]

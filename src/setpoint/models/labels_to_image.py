@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from setpoint.errors import InputError
-from setpoint.models.inpainting import NormFactory
 from setpoint.models.plain import rebuild, to_plain
+from setpoint.nn.block.base import NormFactory
 from setpoint.nn.conditioning import conditioned
 from setpoint.nn.norm.spade import SPADE
 

@@ -19,10 +19,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.models.plain import rebuild, to_plain
-
-NormFactory = Callable[[int], nn.Module]
-"""``norm(channels) -> module`` for maps shaped ``(batch, channels, height, width)``."""
-
+from setpoint.nn.block.base import NormFactory
 
 # units ---------------------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,6 @@ they are when the norms are taken out; a norm over all four gates does not depen
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import sqrt
 
 import torch
@@ -22,10 +21,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from setpoint.errors import InputError
+from setpoint.nn.block.base import NormFactory
 from setpoint.nn.norm.layernorm import LayerNorm
 
 State = tuple[Tensor, Tensor]
-NormFactory = Callable[[int], nn.Module]
 
 
 class LNLSTMCell(nn.Module):
