@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.nn.norm.checks import expect_channels, expect_trailing
-from setpoint.nn.norm.functional import scale_shift
+from setpoint.nn.norm.functional import per_channel, scale_shift
 from setpoint.optim.decay import no_weight_decay
 
 
@@ -69,7 +69,7 @@ class LayerScale(nn.Module):
             expect_trailing(x, (self.dim,), "LayerScale")
             return scale_shift(x, self.gamma).to(x.dtype)
         expect_channels(x, self.dim, "LayerScale")
-        return (x * self.gamma.view(-1, *(1,) * (x.dim() - 2))).to(x.dtype)
+        return (x * per_channel(self.gamma, x)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Channels, the start, and where they are."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError, nearest
 from setpoint.nn.norm.checks import expect_channels
-from setpoint.nn.norm.functional import wide
+from setpoint.nn.norm.functional import per_channel, wide
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -107,7 +107,7 @@ class AlphaBatchNorm(nn.Module):
         mean = torch.lerp(batch_mean.to(source_mean), source_mean, weight)
         variance = torch.lerp(batch_var.to(source_var), source_var, weight)
         scale = torch.sqrt((source_var + self.norm.eps) / (variance + self.norm.eps))
-        mean, scale, source_mean = (t.view(-1, *(1,) * (x.dim() - 2)) for t in (mean, scale, source_mean))
+        mean, scale, source_mean = (per_channel(t, x) for t in (mean, scale, source_mean))
         return ((wide(x) - mean) * scale + source_mean).to(x.dtype)
 
     def _of_batch(self, x: Tensor) -> tuple[Tensor, Tensor]:

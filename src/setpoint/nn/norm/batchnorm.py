@@ -19,7 +19,7 @@ from torch.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 from setpoint.errors import InputError
 from setpoint.nn.norm.checks import expect_channels
-from setpoint.nn.norm.functional import masked_moments, wide
+from setpoint.nn.norm.functional import masked_moments, per_channel, wide
 
 __all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "FrozenBatchNorm", "GhostBatchNorm", "MaskedBatchNorm1d"]
 
@@ -269,8 +269,7 @@ class FrozenBatchNorm(nn.Module):
         expect_channels(x, self.num_features, "FrozenBatchNorm")
         scale = wide(self.weight) * torch.rsqrt(wide(self.running_var) + self.eps)
         shift = wide(self.bias) - wide(self.running_mean) * scale
-        shape = (-1, *(1,) * (x.dim() - 2))
-        return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
+        return (x * per_channel(scale, x) + per_channel(shift, x)).to(x.dtype)
 
     def extra_repr(self) -> str:
         """Channels and eps."""

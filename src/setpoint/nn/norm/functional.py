@@ -34,6 +34,15 @@ _is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", torc
 # Before torch 2.7 nobody says whether a program is kept, and the plain operation is never wrong.
 
 
+def per_channel(values: Float[Tensor, " channels"], like: Tensor) -> Tensor:
+    """A view of one number per channel that goes with maps ``(N, channels, *)``.
+
+    >>> per_channel(torch.ones(3), torch.zeros(2, 3, 4, 4)).shape
+    torch.Size([3, 1, 1])
+    """
+    return values.view(-1, *(1,) * (like.dim() - 2))
+
+
 def layer_norm(
     x: Float[Tensor, "... dim"],
     normalized_shape: int | Sequence[int],

@@ -28,7 +28,7 @@ from setpoint.errors import InputError
 from setpoint.nn.norm.checks import expect_channels
 from setpoint.nn.norm.functional import wide
 from setpoint.nn.norm.gdn import full_precision
-from setpoint.nn.norm.stateful import mean_over_positions
+from setpoint.nn.norm.stateful import mean_over_examples
 
 Maps = Float[Tensor, "batch channels ..."]
 Matrices = Float[Tensor, "*groups n n"]
@@ -177,7 +177,7 @@ class GDWCT(nn.Module):
         means = values.mean(2)
         if self.center == "instance":
             return means[..., None]
-        return _over_images(means, together)[0][:, None]
+        return mean_over_examples(means, together)[0][:, None]
 
     def _expect_style(self, style: Tensor, examples: int) -> Tensor:
         codes = style.flatten(1) if style.dim() > 1 else style
@@ -337,14 +337,6 @@ def _grouped(values: Float[Tensor, "batch channels pixels"], num_groups: int) ->
     return grouped
 
 
-def _over_images(values: Float[Tensor, "batch numbers"], together: bool) -> tuple[Tensor, Tensor | int]:
-    """Mean over the images, with ``together`` over those of all processes, and their number."""
-    if together:
-        mean, images = mean_over_positions(values, None)
-        return mean, images
-    return values.sum(0) / max(len(values), 1), len(values)
-
-
 def _covariance(centred: Float[Tensor, "batch groups n pixels"], center: str, together: bool) -> Matrices:
     """Unbiased covariance of each group, with a little on the diagonal."""
     identity = COVARIANCE_EPS * torch.eye(centred.shape[2], device=centred.device, dtype=centred.dtype)
@@ -352,10 +344,10 @@ def _covariance(centred: Float[Tensor, "batch groups n pixels"], center: str, to
         return _second_moment(centred) + identity
     pixels = centred.shape[-1]
     products = centred @ centred.mT / max(pixels, 1)
-    mean, images = _over_images(products.flatten(1), together)
+    mean, images = mean_over_examples(products, together)
     count = images * pixels
     corrected = mean * (count / (count - 1).clamp_min(1) if isinstance(count, Tensor) else count / max(count - 1, 1))
-    return corrected.view(products.shape[1:]) + identity
+    return corrected + identity
 
 
 def _second_moment(centred: Float[Tensor, "batch groups n pixels"]) -> Matrices:

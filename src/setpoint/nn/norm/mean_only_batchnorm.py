@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from setpoint.errors import InputError
 from setpoint.nn.norm.checks import expect_channels
-from setpoint.nn.norm.functional import wide
+from setpoint.nn.norm.functional import per_channel, wide
 from setpoint.nn.norm.stateful import mean_over_positions
 from setpoint.optim.decay import no_weight_decay
 
@@ -64,10 +64,9 @@ class _MeanOnlyBatchNorm(nn.Module):
     def forward(self, x: Float[Tensor, "batch channels ..."]) -> Float[Tensor, "batch channels ..."]:
         """Centre ``(N, C, *)``; shape and dtype stay."""
         expect_channels(x, self.num_features, type(self).__name__, self.dims)
-        shape = (-1, *(1,) * (x.dim() - 2))
         mean = self._batch_mean(x) if self.training else wide(self.running_mean)
         shift = -mean if self.bias is None else wide(self.bias) - mean
-        return (wide(x) + shift.view(shape)).to(x.dtype)
+        return (wide(x) + per_channel(shift, x)).to(x.dtype)
 
     def _batch_mean(self, x: Tensor) -> Tensor:
         """The mean over the batches of all processes, taken into the average; where all are empty, the average."""

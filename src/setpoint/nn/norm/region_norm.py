@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from setpoint.errors import InputError
 from setpoint.nn.conditioning import condition, nearest
 from setpoint.nn.norm.checks import expect_channels
-from setpoint.nn.norm.functional import wide
-from setpoint.nn.norm.stateful import mean_over_positions
+from setpoint.nn.norm.functional import per_channel, wide
+from setpoint.nn.norm.stateful import mean_over_examples
 
 Maps = Float[Tensor, "batch channels ..."]
 Stats = Literal["batch", "instance"]
@@ -187,11 +187,11 @@ class RNB(nn.Module):
             raise InputError(f"RNB: expected a mask of one channel, got {tuple(mask.shape)}; RegionNorm takes several")
         masks = masks_of(mask, x, 2, "RNB", resize=True)
         y = _normalized(wide(x), masks, self.stats, self.eps, together=self.training)
-        gain = torch.where(masks[0], _maps(self.foreground_gamma, x), _maps(self.background_gamma, x))
+        gain = torch.where(masks[0], per_channel(self.foreground_gamma, x), per_channel(self.background_gamma, x))
         if self.official_bias:
-            beta = _maps(self.foreground_beta + self.background_beta, x)
+            beta = per_channel(self.foreground_beta + self.background_beta, x)
         else:
-            beta = torch.where(masks[0], _maps(self.foreground_beta, x), _maps(self.background_beta, x))
+            beta = torch.where(masks[0], per_channel(self.foreground_beta, x), per_channel(self.background_beta, x))
         return (y * (1 + gain) + beta).to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -336,10 +336,7 @@ def _normalized(x: Maps, masks: list[Bool[Tensor, "batch 1 ..."]], stats: Stats,
         """Their mean over examples where statistics are those of a batch, ``(1, regions, channels)``."""
         if stats == "instance":
             return sums
-        if together:
-            mean, _ = mean_over_positions(sums.flatten(1), None)
-            return mean.view(1, *sums.shape[1:])
-        return sums.sum(0, keepdim=True) / max(len(sums), 1)
+        return mean_over_examples(sums, together)[0].unsqueeze(0)
 
     def spread(values: Tensor) -> Tensor:
         """To every pixel the value of its region, ``(N, channels, *)``; 0 where there is none."""
@@ -352,11 +349,6 @@ def _normalized(x: Maps, masks: list[Bool[Tensor, "batch 1 ..."]], stats: Stats,
     centred = x - spread(sums[..., :-1] / count)
     variance = pooled(of_regions(centred.square())) / count
     return centred * spread(torch.rsqrt(variance + eps * pixels / count))
-
-
-def _maps(values: Tensor, like: Tensor) -> Tensor:
-    """``(C,)`` to be multiplied with maps ``(N, C, *)``."""
-    return values.view(-1, *(1,) * (like.dim() - 2))
 
 
 def _expect_arguments(layer: str, num_features: int, stats: str) -> None:

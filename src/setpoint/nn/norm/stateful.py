@@ -149,6 +149,22 @@ def mean_over_positions(
     return total / count.clamp_min(1), count
 
 
+def mean_over_examples(
+    values: Float[Tensor, "batch ..."], together: bool
+) -> tuple[Float[Tensor, ...], Float[Tensor, " one"] | int]:
+    """Mean over the first axis, with ``together`` over the examples of all processes, and their number.
+
+    Without any example the mean is zero.
+
+    >>> mean_over_examples(torch.tensor([[1.0], [3.0]]), together=False)
+    (tensor([2.]), 2)
+    """
+    if together:
+        mean, examples = mean_over_positions(values.flatten(1), None)
+        return mean.view(values.shape[1:]), examples
+    return values.sum(0) / max(len(values), 1), len(values)
+
+
 def fold_into_linear(scale: Float[Tensor, " in"], shift: Float[Tensor, " in"], linear: nn.Linear) -> nn.Linear:
     """The linear layer that does to ``x`` what ``linear`` does to ``scale * x + shift``.
 
